@@ -1,0 +1,298 @@
+"""The way to the gateway that sites, the aggregator and the command lines share: errors, versions, resumable bytes.
+
+One class, so that trust (the coordinator's own CA, plus a hospital's), time-outs, limits and the mapping of problem
+documents back to named errors are decided in one place.
+"""
+
+import hashlib
+import json
+import os
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import httpx
+
+from medhive import __version__, errors
+from medhive.errors import DigestMismatch, MedHiveError, TooLarge, Unreachable
+from medhive.version import PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER
+
+CHUNK_BYTES: Final = 4 * 1024 * 1024  # one PUT's part: small enough to resume, large enough to run at line speed
+READ_BYTES: Final = 1024 * 1024
+MAX_ANSWER_BYTES: Final = 32 * 1024 * 1024  # the largest JSON answer, a list of runs, is far below
+CONNECT_TIMEOUT_S: Final = 10.0
+READ_TIMEOUT_S: Final = 60.0
+TRIES: Final = 5  # of one part of a transfer, before the caller hears of it
+
+Progress = Callable[[int, int], None]
+
+
+class RemoteError(MedHiveError):
+    """The gateway refused for a reason that this side has no name for (it may be newer)."""
+
+    code = "remote-error"
+
+
+def _known_errors() -> dict[str, type[MedHiveError]]:
+    found: dict[str, type[MedHiveError]] = {}
+    for value in vars(errors).values():
+        if isinstance(value, type) and issubclass(value, MedHiveError):
+            found[value.code] = value
+    return found
+
+
+KNOWN_ERRORS: Final = _known_errors()
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whose certificates count: the coordinator's CA (PEM), a hospital's own bundle, the system's."""
+
+    ca_pem: str | None = None
+    extra_ca_file: Path | None = None
+    system: bool = False
+
+    def context(self) -> ssl.SSLContext:
+        """Build the TLS context; TLS 1.2 at least, names checked."""
+        context = ssl.create_default_context() if self.system else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self.ca_pem:
+            context.load_verify_locations(cadata=self.ca_pem)
+        if self.extra_ca_file:
+            context.load_verify_locations(cafile=self.extra_ca_file)
+        return context
+
+
+class GatewayClient:
+    """A connection to one gateway. Not shared between threads that close it.
+
+    Raises (from every method): `MedHiveError` subclasses named by the gateway's problem document, `Unreachable` when
+    nobody answers.
+    """
+
+    def __init__(self, address: str, trust: Trust, token: str | None = None) -> None:
+        """Connect lazily.
+
+        Args:
+            address: `https://HOST:PORT`, without a path.
+            trust: whose certificates count.
+            token: bearer token, sent with every exchange.
+        """
+        self.address = address.rstrip("/")
+        headers = {PROTOCOL_HEADER: str(PROTOCOL), SOFTWARE_HEADER: __version__}
+        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        self._http = httpx.Client(base_url=self.address, headers=headers, verify=trust.context(), timeout=timeout)
+        self.use_token(token)
+
+    def use_token(self, token: str | None) -> None:
+        """Send this bearer token from now on."""
+        self._http.headers.pop("Authorization", None)
+        if token:
+            self._http.headers["Authorization"] = f"Bearer {token}"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> "GatewayClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def get(self, path: str, **params: Any) -> Any:
+        """GET a JSON answer; parameters that are None are left out."""
+        return self.request("GET", path, params={k: v for k, v in params.items() if v is not None})
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """POST a JSON body."""
+        return self.request("POST", path, body=body)
+
+    def put(self, path: str, body: Any = None) -> Any:
+        """PUT a JSON body."""
+        return self.request("PUT", path, body=body)
+
+    def delete(self, path: str) -> Any:
+        """DELETE."""
+        return self.request("DELETE", path)
+
+    def request(self, method: str, path: str, *, body: Any = None, params: Mapping[str, Any] | None = None) -> Any:
+        """Make one exchange; `body` is a JSON value or a pydantic model."""
+        payload = body.model_dump(mode="json") if hasattr(body, "model_dump") else body
+        with self._translated():
+            answer = self._http.request(method, path, json=payload, params=params)
+        return _json_answer(answer)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.TransportError as error:
+            raise Unreachable(
+                f"{self.address} does not answer ({error or type(error).__name__}); see docs/troubleshooting.md, "
+                "'The coordinator does not answer'.",
+                address=self.address,
+            ) from error
+
+    def download(
+        self, path: str, destination: Path, digest: str, *, max_bytes: int, on_progress: Progress | None = None
+    ) -> int:
+        """Fetch bytes into a file, resuming where an earlier try stopped; returns the bytes that travelled.
+
+        The file appears under its name only when its SHA-256 is `digest`.
+
+        Raises:
+            DigestMismatch: the bytes are not what was announced; the partial file is deleted.
+            TooLarge: more than `max_bytes`.
+        """
+        if destination.exists() and _sha256(destination) == digest:
+            return 0
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        part = destination.with_name(destination.name + ".part")
+        travelled = 0
+        for attempt in range(TRIES):
+            try:
+                travelled += self._download_rest(path, part, max_bytes, on_progress)
+                break
+            except Unreachable:
+                if attempt == TRIES - 1:
+                    raise
+        if _sha256(part) != digest:
+            part.unlink()
+            raise DigestMismatch(f"The bytes of {path} do not have the announced SHA-256 {digest}.", digest=digest)
+        _durable_rename(part, destination)
+        return travelled
+
+    def _download_rest(self, path: str, part: Path, max_bytes: int, on_progress: Progress | None) -> int:
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        with self._translated(), self._http.stream("GET", path, headers=headers) as answer:
+            if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return 0
+            if answer.is_error:
+                answer.read()
+                _raise_problem(answer)
+            resumed = answer.status_code == httpx.codes.PARTIAL_CONTENT
+            start = have if resumed else 0
+            total = start + int(answer.headers.get("Content-Length", 0))
+            with part.open("ab" if resumed else "wb") as file:
+                return _copy_stream(answer, file, start, total, max_bytes, on_progress)
+
+    def upload(self, path: str, source: Path, digest: str, on_progress: Progress | None = None) -> int:
+        """Send a file to a content-addressed place, resuming where the store stopped; returns the bytes sent.
+
+        The store is asked first (HEAD: `Upload-Offset`, or 200 when it has the whole), then gets parts by PUT with
+        `Content-Range`.
+        """
+        size = source.stat().st_size
+        sent = 0
+        failures = 0
+        offset = self._upload_offset(path, size)
+        with source.open("rb") as file:
+            while offset < size:
+                file.seek(offset)
+                chunk = file.read(CHUNK_BYTES)
+                try:
+                    self._put_part(path, chunk, offset, size)
+                except Unreachable:
+                    failures += 1
+                    if failures >= TRIES:
+                        raise
+                    offset = self._upload_offset(path, size)
+                    continue
+                offset += len(chunk)
+                sent += len(chunk)
+                if on_progress:
+                    on_progress(offset, size)
+        return sent
+
+    def _upload_offset(self, path: str, size: int) -> int:
+        with self._translated():
+            answer = self._http.head(path)
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            return int(answer.headers.get("Upload-Offset", 0))
+        if answer.is_error:
+            _raise_problem(answer)
+        return size
+
+    def _put_part(self, path: str, chunk: bytes, offset: int, size: int) -> None:
+        content_range = f"bytes {offset}-{offset + len(chunk) - 1}/{size}"
+        headers = {"Content-Range": content_range, "Content-Type": "application/octet-stream"}
+        with self._translated():
+            answer = self._http.put(path, content=chunk, headers=headers)
+        if answer.is_error:
+            _raise_problem(answer)
+
+    def events(self, after: int, *, timeout_s: float = 30.0) -> Iterator[dict[str, Any]]:
+        """Yield rows of the live event stream after number `after`, until the server or the time-out ends it."""
+        headers = {"Last-Event-ID": str(after), "Accept": "text/event-stream"}
+        timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
+        path = "/api/v1/events"
+        with self._translated(), self._http.stream("GET", path, headers=headers, timeout=timeout) as answer:
+            if answer.is_error:
+                answer.read()
+                _raise_problem(answer)
+            for line in answer.iter_lines():
+                if line.startswith("data:"):
+                    yield json.loads(line[5:])
+
+
+def _json_answer(answer: httpx.Response) -> Any:
+    if len(answer.content) > MAX_ANSWER_BYTES:
+        raise TooLarge(f"The answer to {answer.request.url.path} is larger than {MAX_ANSWER_BYTES} bytes.")
+    if answer.is_error:
+        _raise_problem(answer)
+    if not answer.content:
+        return None
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise RemoteError(
+            f"{answer.request.url.path} did not answer with JSON; is this address a MedHive coordinator?"
+        ) from error
+
+
+def _raise_problem(answer: httpx.Response) -> None:
+    try:
+        problem = answer.json()
+        code = str(problem["type"]).rsplit(":", 1)[-1]
+        detail = str(problem.get("detail") or problem.get("title"))
+        data = problem.get("data") or {}
+    except (ValueError, KeyError, TypeError):
+        code, data = "remote-error", {}
+        detail = f"The server answered {answer.status_code} to {answer.request.method} {answer.request.url.path}."
+    kind = KNOWN_ERRORS.get(code, RemoteError)
+    error = kind(detail)
+    error.data.update(data if isinstance(data, dict) else {}, status=answer.status_code)
+    raise error
+
+
+def _copy_stream(
+    answer: httpx.Response, file: BinaryIO, start: int, total: int, max_bytes: int, on_progress: Progress | None
+) -> int:
+    done = start
+    for chunk in answer.iter_bytes(READ_BYTES):
+        done += len(chunk)
+        if done > max_bytes:
+            raise TooLarge(f"The server sends more than the announced {max_bytes} bytes.", limit=max_bytes)
+        file.write(chunk)
+        if on_progress:
+            on_progress(done, total)
+    return done - start
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _durable_rename(part: Path, destination: Path) -> None:
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    part.replace(destination)

@@ -1,0 +1,124 @@
+"""The signed envelopes that travel through Flower: tasks outward, contributions back.
+
+Flower does not check that a reply's sender is the authenticated node, and weights do not travel in its messages. So an
+envelope says who asks whom for what, names the weights by their SHA-256, and carries a signature of the institution that
+vouches for it; the bytes themselves come from the blob store.
+"""
+
+from enum import StrEnum
+from typing import ClassVar, Literal, TypeVar
+
+from pydantic import AwareDatetime, Field, FiniteFloat, ValidationError
+
+from medhive.errors import BadSignature, InvalidInput, TooLarge
+from medhive.signing import Signed, SignedBody, VerifyKey
+from medhive.spec import Digest, Name, explain
+
+# Metrics of a thousand classes fit; a picture in disguise does not.
+MAX_ENVELOPE_BYTES = 256 * 1024
+
+
+class TaskType(StrEnum):
+    """What a site is asked to do."""
+
+    INITIALISE = "initialise"  # make the study's initial weights from its seed, answer with their digest
+    STATISTICS = "statistics"  # sums over the own training rows, for federated mean and variance
+    TRAIN = "train"  # evaluate the base on the validation part, train, answer with an update
+    EVALUATE = "evaluate"  # evaluate the base on the validation part
+
+
+class TaskBody(SignedBody):
+    """The coordinator's order to one site for one step of one run."""
+
+    DOMAIN: ClassVar[str] = "medhive.task.v1"
+    protocol: int
+    type: TaskType
+    run_id: Name
+    study: Name
+    site: Name
+    round: int = Field(ge=0)
+    rounds: int = Field(ge=1)
+    spec_hash: Digest
+    base_digest: Digest | Literal[""] = ""
+    base_size_bytes: int = Field(0, ge=0)
+    statistics: dict[str, list[FiniteFloat]] = Field(default_factory=dict)
+    deadline_s: float = Field(gt=0)
+    issued_at: AwareDatetime
+    nonce: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+class ContributionBody(SignedBody):
+    """One site's answer to one task; `outcome` other than `ok` carries a reason and nothing to add up."""
+
+    DOMAIN: ClassVar[str] = "medhive.contribution.v1"
+    protocol: int
+    type: TaskType
+    run_id: Name
+    site: Name
+    round: int = Field(ge=0)
+    spec_hash: Digest
+    base_digest: Digest | Literal[""] = ""
+    content_digest: Digest | Literal[""] = ""
+    content_size_bytes: int = Field(0, ge=0)
+    examples: int = Field(0, ge=0, le=10**9)
+    metrics: dict[str, FiniteFloat] = Field(default_factory=dict, max_length=4000)
+    statistics: dict[str, list[FiniteFloat]] = Field(default_factory=dict)
+    # Rows are the true classes, columns the predicted ones, over the site's validation part.
+    confusion: list[list[int]] = Field(default_factory=list)
+    outcome: Literal["ok", "failed", "refused"] = "ok"
+    reason_code: str = Field("", max_length=60)
+    reason: str = Field("", max_length=300)
+    training_s: float = Field(0.0, ge=0)
+    issued_at: AwareDatetime
+
+
+Task = Signed[TaskBody]
+Contribution = Signed[ContributionBody]
+Envelope = TypeVar("Envelope", Task, Contribution)
+
+
+def to_bytes(envelope: Task | Contribution) -> bytes:
+    """Write an envelope for the wire.
+
+    Raises:
+        TooLarge: it is above `MAX_ENVELOPE_BYTES`.
+    """
+    raw = envelope.model_dump_json().encode()
+    _limit(len(raw))
+    return raw
+
+
+def from_bytes(kind: type[Envelope], raw: bytes) -> Envelope:
+    """Read an envelope; its signature is not checked yet.
+
+    Raises:
+        TooLarge: it is above `MAX_ENVELOPE_BYTES`.
+        InvalidInput: it is no such envelope.
+    """
+    _limit(len(raw))
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise InvalidInput(f"The envelope cannot be read: {explain(error)}.") from error
+
+
+def _limit(size: int) -> None:
+    if size > MAX_ENVELOPE_BYTES:
+        raise TooLarge(f"The envelope has {size} bytes; the limit is {MAX_ENVELOPE_BYTES}.", size_bytes=size)
+
+
+def check_contribution_envelope(envelope: Contribution, key: VerifyKey, task: TaskBody) -> ContributionBody:
+    """Return the body of a contribution that the addressed site itself made for exactly this task.
+
+    Raises:
+        BadSignature: another site's key, or an answer to another task (a replay).
+    """
+    body = envelope.verify(key)
+    for field in ("type", "run_id", "site", "round", "spec_hash", "base_digest"):
+        if getattr(body, field) != getattr(task, field):
+            raise BadSignature(
+                f"The contribution says {field} {getattr(body, field)!r}, the task said {getattr(task, field)!r}; it was "
+                "made for another task.",
+                field=field,
+            )
+    return body
