@@ -181,8 +181,8 @@ class GatewayClient:
             with part.open("ab" if resumed else "wb") as file:
                 return _copy_stream(answer, file, start, total, max_bytes, on_progress)
 
-    def upload(self, path: str, source: Path, digest: str, on_progress: Progress | None = None) -> int:
-        """Send a file to a content-addressed place, resuming where the store stopped; returns the bytes sent.
+    def upload(self, path: str, source: Path, on_progress: Progress | None = None) -> int:
+        """Send a file to its content-addressed place, resuming where the store stopped; returns the bytes sent.
 
         The store is asked first (HEAD: `Upload-Offset`, or 200 when it has the whole), then gets parts by PUT with
         `Content-Range`.
@@ -270,7 +270,7 @@ def _raise_problem(answer: httpx.Response) -> None:
     raise error
 
 
-def _copy_stream(
+def _copy_stream(  # noqa: PLR0917
     answer: httpx.Response, file: BinaryIO, start: int, total: int, max_bytes: int, on_progress: Progress | None
 ) -> int:
     done = start
