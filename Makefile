@@ -1,0 +1,69 @@
+# Everything that people type. `make help` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := services/core services/api-gateway services/fl-server services/fl-client
+SOURCES := services tests bench deploy
+
+DATA ?=
+TEST ?=
+SITES ?= 3
+ROUNDS ?= 3
+REPORT ?=
+KEEP ?=
+
+# Nothing that runs here reports home.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: help setup demo test lint types imports fmt bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Make .venv and install everything into it
+
+# torch first and by itself: where pip finds a CPU build that is what it takes, and nothing later replaces it.
+$(STAMP): constraints.txt requirements-dev.txt pyproject.toml $(addsuffix /pyproject.toml,$(PACKAGES))
+	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] < (3, 13)))' || \
+		{ echo "MedHive needs Python 3.11 or 3.12; set PYTHON=python3.11 (see README.md, Requirements)." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --requirement requirements-dev.txt \
+		$(addprefix --editable ,$(PACKAGES))
+	$(BIN)/pip check
+	touch $(STAMP)
+
+demo: $(STAMP) ## Run the main job on this machine: DATA= TEST= SITES=3 ROUNDS=3 REPORT= KEEP=1
+	$(BIN)/python deploy/demo/demo.py --sites $(SITES) --rounds $(ROUNDS) $(if $(DATA),--data "$(DATA)") \
+		$(if $(TEST),--test "$(TEST)") $(if $(REPORT),--report "$(REPORT)") $(if $(KEEP),--keep)
+
+test: $(STAMP) ## Run every test that needs no container engine
+	$(BIN)/pytest -q --durations=15
+
+lint: $(STAMP) imports ## Check style and import rules
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+imports: $(STAMP) ## Check that the services keep apart
+	$(BIN)/lint-imports
+
+types: $(STAMP) ## Check types
+	$(BIN)/mypy services/core/medhive services/api-gateway/api_gateway services/fl-server/fl_server \
+		services/fl-client/fl_client deploy/demo
+
+fmt: $(STAMP) ## Format the code
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(STAMP) ## Measure what docs/benchmarks.md says
+	$(BIN)/python bench/run.py
+
+clean: ## Remove what the demo, the tests and the builds left
+	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
