@@ -133,6 +133,15 @@ class Layout:
                 difference=difference,
             )
 
+    def require_length(self, flat: Flat) -> None:
+        """Raise `WrongLayout` unless this vector has `size` elements."""
+        if flat.shape != (self.size,):
+            raise WrongLayout(
+                f"A vector of shape {flat.shape} does not hold the {self.size} numbers of this model.",
+                expected=self.size,
+                actual=list(flat.shape),
+            )
+
     def name_at(self, element: int) -> str:
         """The name of the tensor that holds the element at this place of the flat vector."""
         ends = np.array([*self.offsets[1:], self.size])
@@ -140,12 +149,7 @@ class Layout:
 
     def unflatten(self, flat: Flat) -> dict[str, Flat]:
         """Views of a vector of `size` elements, by name and in shape. Raises `WrongLayout` for another length."""
-        if flat.shape != (self.size,):
-            raise WrongLayout(
-                f"A vector of shape {flat.shape} does not hold the {self.size} numbers of this model.",
-                expected=self.size,
-                actual=list(flat.shape),
-            )
+        self.require_length(flat)
         places = zip(self.names, self.shapes, self.offsets, strict=True)
         return {name: flat[at : at + math.prod(shape)].reshape(shape) for name, shape, at in places}
 
