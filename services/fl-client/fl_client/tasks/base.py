@@ -1,0 +1,290 @@
+"""The seam between the hospital's machinery and one kind of data: what every task offers to node, trainer and commands.
+
+Nothing here imports a heavy library: the registry loads a task's module only when the task is asked for, so that the
+command line answers at once. Weights cross the seam as `dict[str, float32 array]`, which is what is packed and sent.
+"""
+
+import hashlib
+import hmac
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from fl_client.tasks.errors import UnknownTask
+from medhive.spec import StudyData
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from fl_client.tasks.evaluation import Evaluation
+
+    Weights = Mapping[str, npt.NDArray[np.float32]]
+
+Part = Literal["train", "validation", "heldout"]
+PARTS: tuple[Part, ...] = ("train", "validation", "heldout")
+ENTRY_POINTS = "medhive.tasks"
+# Known without asking the installation's metadata, so that a source tree without installed entry points works too.
+BUILT_IN = {
+    "image-folder": "fl_client.tasks.image_folder:ImageFolderTask",
+    "tabular": "fl_client.tasks.tabular:TabularTask",
+}
+# Separates the keyed hash that sorts examples into parts from the one that fingerprints the data set.
+SPLIT_DOMAIN = b"medhive-split-v1\0"
+FINGERPRINT_DOMAIN = b"medhive-dataset-v1\0"
+
+OnProgress = Callable[[int, int], None]
+"""Called with (done, total) while data are read."""
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """What a site sets for itself; none of it leaves the site.
+
+    Attributes:
+        class_map: local folder name or label value → the study's class name.
+        groups_csv: a CSV of two columns, file (relative to the data folder) and patient group; overrides a pattern.
+        weights_file: local safetensors file that pretrained backbones start from.
+    """
+
+    class_map: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    groups_csv: Path | None = None
+    weights_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One file or row that is not used: its name, which stays at the site, and the reason, a word that is counted."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What `check-data` found.
+
+    Attributes:
+        classes: the study's class → usable examples.
+        parts: part → class → usable examples.
+        skipped: what is not used, by name and reason.
+        duplicates: (name, name of the one that is used) of byte-identical examples, counted once.
+        groups: number of patient groups, or None where the study tells none.
+        fingerprint: HMAC-SHA256 under the site's secret over the sorted content hashes, in hexadecimal.
+    """
+
+    task: str
+    examples: int
+    classes: Mapping[str, int]
+    parts: Mapping[str, Mapping[str, int]]
+    skipped: tuple[Skipped, ...]
+    duplicates: tuple[tuple[str, str], ...]
+    groups: int | None
+    fingerprint: str
+
+    def counts_by_reason(self) -> dict[str, int]:
+        """Reason → number of examples not used; without names, so that it may stand in a consent."""
+        counts = Counter(item.reason for item in self.skipped)
+        if self.duplicates:
+            counts["duplicate"] += len(self.duplicates)
+        return dict(sorted(counts.items()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, names included: for the screen of the site alone."""
+        return {**asdict(self), "reasons": self.counts_by_reason()}
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What one round of local training shall do. The same plan on the same data gives the same bits (CPU, same threads).
+
+    Attributes:
+        round: number of this round, from 1.
+        rounds: rounds of the run; the learning rate follows one schedule over all of them.
+        lr: peak learning rate; None is the task's own.
+        mu: weight of FedProx' proximal term (Li et al. 2020, arXiv:1812.06127); 0 is FedAvg.
+        seed: seed of the run; the task derives its own streams from it, the round and nothing else.
+        optimiser_state: what the site's own last round of this run returned, or None.
+        deadline: Unix time after which training is pointless, or None.
+        penalty, C: of the tabular task's logistic regression.
+    """
+
+    round: int
+    rounds: int
+    local_epochs: int
+    batch_size: int = 32
+    lr: float | None = None
+    mu: float = 0.0
+    seed: int = 42
+    optimiser_state: bytes | None = None
+    deadline: float | None = None
+    penalty: Literal["l2", "none"] = "l2"
+    C: float = 1.0
+
+
+@dataclass(frozen=True)
+class EpochProgress:
+    """One finished local epoch: mean loss, share of right answers in training, examples seen, seconds it took."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    accuracy: float
+    examples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a round of local training made: new weights, on how many examples, metrics, and the optimiser's state."""
+
+    weights: dict[str, "npt.NDArray[np.float32]"]
+    examples: int
+    metrics: dict[str, float]
+    optimiser_state: bytes | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One example's class probabilities; `name` is what the caller knows the example by."""
+
+    name: str
+    probabilities: Mapping[str, float]
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return max(self.probabilities, key=lambda name: self.probabilities[name])
+
+
+Training = Generator[EpochProgress | None, None, TrainResult]
+"""Yields None after a step (a place to switch to another run) and an `EpochProgress` after each epoch."""
+
+
+class Workspace(Protocol):
+    """A site's data of one study, read and ready; serves several runs at once."""
+
+    @property
+    def report(self) -> DataReport:
+        """What was found while reading."""
+
+    def initial_weights(self, seed: int) -> dict[str, "npt.NDArray[np.float32]"]:
+        """The study's seeded first weights: the same seed gives the same bits at every site."""
+
+    def statistics(self) -> dict[str, "npt.NDArray[np.float64]"] | None:
+        """Sums over the training part that sites may pool before the first round; None where the task needs none."""
+
+    def use_statistics(self, pooled: Mapping[str, "npt.NDArray[np.float64]"]) -> None:
+        """Take the sums of all sites, added up; replaces those that came with the weights."""
+
+    def train(self, weights: "Weights", plan: RoundPlan) -> Training:
+        """Train from `weights` as `plan` says.
+
+        Raises:
+            WrongArchitecture: the weights are another model's.
+            DeadlinePassed: `plan.deadline` came first.
+            TrainingDiverged: the loss is not finite.
+        """
+
+    def evaluate(self, weights: "Weights", part: Part) -> "Evaluation":
+        """Judge `weights` on one part of the data.
+
+        Raises:
+            WrongArchitecture: the weights are another model's.
+            NotEnoughExamples: the part is empty.
+        """
+
+    def predict(self, weights: "Weights", paths: Sequence[Path]) -> list[Prediction | Skipped]:
+        """Class probabilities of files; unreadable ones come back as `Skipped`, in the order of `paths`."""
+
+
+class Task(Protocol):
+    """One kind of data."""
+
+    name: str
+
+    def check(
+        self,
+        data_dir: Path,
+        study: StudyData,
+        secret: bytes,
+        *,
+        on_progress: OnProgress | None = None,
+        local: LocalOptions = ...,
+    ) -> DataReport:
+        """Read everything once and report; raises as `open` does."""
+
+    def open(
+        self,
+        data_dir: Path,
+        study: StudyData,
+        secret: bytes,
+        *,
+        device: str = "cpu",
+        on_progress: OnProgress | None = None,
+        local: LocalOptions = ...,
+    ) -> Workspace:
+        """Read the data into memory.
+
+        Raises:
+            MedHiveError: any of `fl_client.tasks.errors`, by cause.
+        """
+
+
+def task_names() -> tuple[str, ...]:
+    """Names of all installed tasks."""
+    return tuple(sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))}))
+
+
+def load_task(name: str) -> Task:
+    """The installed task of that name; its heavy libraries are imported by its own `open`.
+
+    Raises:
+        UnknownTask: no such task is installed.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            return cast(Task, point.load()())
+    if name in BUILT_IN:
+        module, attribute = BUILT_IN[name].split(":")
+        return cast(Task, getattr(import_module(module), attribute)())
+    raise UnknownTask(
+        f"No task {name!r} is installed here; installed are {', '.join(task_names())}. Install the package that has it.",
+        task=name,
+    )
+
+
+def finish(training: Training, on_epoch: Callable[[EpochProgress], None] | None = None) -> TrainResult:
+    """Run a training to its end in one go."""
+    while True:
+        try:
+            progress = next(training)
+        except StopIteration as end:
+            return cast(TrainResult, end.value)
+        if progress is not None and on_epoch is not None:
+            on_epoch(progress)
+
+
+def part_of(secret: bytes, key: bytes, validation_share: float, heldout_share: float) -> Part:
+    """The part that an example belongs to, for ever: a keyed hash of its patient group or its content.
+
+    Neither the order nor the presence of other examples moves it, and who lacks `secret` cannot tell the part.
+    """
+    digest = hmac.new(secret, SPLIT_DOMAIN + key, hashlib.sha256).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    if position < heldout_share:
+        return "heldout"
+    return "validation" if position < heldout_share + validation_share else "train"
+
+
+def fingerprint(secret: bytes, contents: Sequence[tuple[str, str]]) -> str:
+    """HMAC-SHA256 over the sorted (class, SHA-256 of content) pairs: the same data set gives the same, in any order."""
+    mac = hmac.new(secret, FINGERPRINT_DOMAIN, hashlib.sha256)
+    for label, digest in sorted(contents):
+        mac.update(f"{label}\0{digest}\n".encode())
+    return mac.hexdigest()

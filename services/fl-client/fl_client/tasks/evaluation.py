@@ -1,0 +1,228 @@
+"""How good a model is on one part of one hospital's data, with the uncertainty that so few patients leave.
+
+Everything is computed from labels and class probabilities; scikit-learn's metrics are used where it has them. Intervals are
+two-sided 95%: Wilson's for proportions (Wilson 1927), DeLong's for the area under the ROC curve (DeLong et al. 1988), and
+a bootstrap over examples for macro F1, which has no closed form.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binomtest, rankdata
+from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score, log_loss, roc_auc_score
+
+from fl_client.tasks.errors import NotEnoughExamples
+
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+Z95 = 1.959963984540054  # 97.5% point of the normal distribution
+BOOTSTRAP_SAMPLES = 1000  # the interval's ends then vary by less than a tenth of its width
+BOOTSTRAP_SEED = 0  # fixed, so that the same predictions give the same interval
+CALIBRATION_BINS = 15  # as in Guo et al. 2017, arXiv:1706.04599
+SMALLEST_PROBABILITY = 1e-7  # one wrong certainty shall not make the loss infinite
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95% interval, `low` to `high`."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ClassEvaluation:
+    """One class against the rest; None where the part holds no example to tell it by."""
+
+    examples: int
+    sensitivity: Estimate | None
+    specificity: Estimate | None
+    auc: Estimate | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model judged on `examples` examples.
+
+    Attributes:
+        loss: mean cross-entropy in nats.
+        macro_f1: mean F1 of the classes that occur as label or prediction.
+        ece: expected calibration error over 15 bins of confidence, 0 to 1.
+        brier: mean squared distance of the probabilities from the truth, summed over classes, 0 to 2.
+        confusion: confusion[i][j] examples of class i were taken for class j, in the order of `classes`.
+    """
+
+    examples: int
+    accuracy: Estimate
+    loss: float
+    macro_f1: Estimate
+    per_class: Mapping[str, ClassEvaluation]
+    ece: float
+    brier: float
+    classes: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers."""
+        return asdict(self)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers a round reports: accuracy, loss, macro F1, calibration error."""
+        return {
+            "accuracy": self.accuracy.value,
+            "loss": self.loss,
+            "macro_f1": self.macro_f1.value,
+            "ece": self.ece,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same examples: accuracy of the first minus that of the second, and McNemar's exact p."""
+
+    examples: int
+    difference: Estimate
+    only_first_right: int
+    only_second_right: int
+    p_value: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and numbers."""
+        return asdict(self)
+
+
+def evaluate(labels: Labels, probabilities: Floats, classes: Sequence[str]) -> Evaluation:
+    """Judge predictions.
+
+    Args:
+        labels: (n,) indices into `classes`.
+        probabilities: (n, k), rows sum to one.
+        classes: the k names.
+
+    Raises:
+        NotEnoughExamples: n is 0.
+    """
+    if len(labels) == 0:
+        raise NotEnoughExamples(
+            "There is no example to evaluate on; add data or enlarge this part's share in the study."
+        )
+    k = len(classes)
+    indices = list(range(k))
+    clipped = np.clip(probabilities.astype(np.float64), SMALLEST_PROBABILITY, None)
+    clipped /= clipped.sum(axis=1, keepdims=True)
+    predicted = clipped.argmax(axis=1)
+    confusion = confusion_matrix(labels, predicted, labels=indices).astype(np.int64)
+    return Evaluation(
+        examples=len(labels),
+        accuracy=wilson(int(np.trace(confusion)), len(labels)),
+        loss=float(log_loss(labels, clipped, labels=indices)),
+        macro_f1=_macro_f1(labels, predicted, confusion),
+        per_class={name: _one_class(i, labels, clipped, confusion) for i, name in enumerate(classes)},
+        ece=calibration_error(labels, clipped),
+        brier=_brier(labels, clipped, indices),
+        classes=tuple(classes),
+        confusion=tuple(tuple(int(n) for n in row) for row in confusion),
+    )
+
+
+def compare(labels: Labels, first: Floats, second: Floats) -> Comparison:
+    """Compare two models' class probabilities, each (n, k), on the same examples.
+
+    The interval is Agresti and Min's (2005) adjusted Wald interval for matched proportions, which stays sensible when the
+    models hardly differ.
+
+    Raises:
+        NotEnoughExamples: n is 0.
+    """
+    n = len(labels)
+    if n == 0:
+        raise NotEnoughExamples("There is no example to compare two models on; add data or enlarge this part's share.")
+    right_first, right_second = first.argmax(axis=1) == labels, second.argmax(axis=1) == labels
+    b, c = int((right_first & ~right_second).sum()), int((~right_first & right_second).sum())
+    centre = (b - c) / (n + 2)
+    spread = Z95 * np.sqrt((b + c + 1) - (b - c) ** 2 / (n + 2)) / (n + 2)
+    p = float(binomtest(min(b, c), b + c).pvalue) if b + c else 1.0
+    low, high = max(-1.0, float(centre - spread)), min(1.0, float(centre + spread))
+    return Comparison(n, Estimate((b - c) / n, low, high), b, c, p)
+
+
+def wilson(hits: int, n: int) -> Estimate:
+    """Wilson's score interval of the proportion hits / n, n > 0."""
+    p = hits / n
+    denominator = 1 + Z95**2 / n
+    centre = (p + Z95**2 / (2 * n)) / denominator
+    half = Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n)) / denominator
+    return Estimate(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+
+
+def auc_interval(positive: npt.NDArray[np.bool_], scores: Floats) -> Estimate | None:
+    """Area under the ROC curve with DeLong's interval; None when one side is empty.
+
+    A perfect ranking has no DeLong variance; its lower end is then Wilson's for as many examples as the smaller side has.
+    """
+    m, n = int(positive.sum()), int((~positive).sum())
+    if m == 0 or n == 0:
+        return None
+    value = float(roc_auc_score(positive, scores))
+    spread = Z95 * float(np.sqrt(_delong_variance(scores[positive], scores[~positive])))
+    if spread > 0:
+        return Estimate(value, max(0.0, value - spread), min(1.0, value + spread))
+    few = wilson(round(value * min(m, n)), min(m, n))
+    return Estimate(value, min(few.low, value), max(few.high, value))
+
+
+def _delong_variance(positive: Floats, negative: Floats) -> float:
+    m, n = len(positive), len(negative)
+    if m < 2 or n < 2:
+        return 0.0
+    ranks = rankdata(np.concatenate([positive, negative]))
+    beaten = (ranks[:m] - rankdata(positive)) / n
+    beating = 1 - (ranks[m:] - rankdata(negative)) / m
+    return float(beaten.var(ddof=1) / m + beating.var(ddof=1) / n)
+
+
+def calibration_error(labels: Labels, probabilities: Floats) -> float:
+    """Expected calibration error: mean gap between confidence and accuracy over equal bins of confidence."""
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == labels
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    sums = np.bincount(bins, weights=confidence - right, minlength=CALIBRATION_BINS)
+    return float(np.abs(sums).sum() / len(labels))
+
+
+def _brier(labels: Labels, probabilities: Floats, indices: list[int]) -> float:
+    if len(indices) == 2:  # scikit-learn scales the two-class score differently unless told
+        return float(brier_score_loss(labels, probabilities, labels=indices, scale_by_half=False))
+    return float(brier_score_loss(labels, probabilities, labels=indices))
+
+
+def _macro_f1(labels: Labels, predicted: Labels, confusion: npt.NDArray[np.int64]) -> Estimate:
+    """Macro F1; resampling examples with replacement is drawing a new confusion matrix from a multinomial."""
+    value = float(f1_score(labels, predicted, average="macro", zero_division=0))
+    n = int(confusion.sum())
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    samples = rng.multinomial(n, confusion.ravel() / n, size=BOOTSTRAP_SAMPLES).reshape(-1, *confusion.shape)
+    hits = np.diagonal(samples, axis1=1, axis2=2)
+    totals = samples.sum(axis=1) + samples.sum(axis=2)
+    f1 = np.divide(2 * hits, totals, out=np.zeros(hits.shape), where=totals > 0)
+    scores = f1.sum(axis=1) / np.maximum((totals > 0).sum(axis=1), 1)
+    low, high = np.quantile(scores, [0.025, 0.975])
+    return Estimate(value, min(float(low), value), max(float(high), value))
+
+
+def _one_class(index: int, labels: Labels, probabilities: Floats, confusion: npt.NDArray[np.int64]) -> ClassEvaluation:
+    n = int(confusion.sum())
+    here = int(confusion[index].sum())
+    hits = int(confusion[index, index])
+    false_alarms = int(confusion[:, index].sum()) - hits
+    return ClassEvaluation(
+        examples=here,
+        sensitivity=wilson(hits, here) if here else None,
+        specificity=wilson(n - here - false_alarms, n - here) if here < n else None,
+        auc=auc_interval(labels == index, probabilities[:, index]),
+    )

@@ -1,0 +1,44 @@
+"""The task `image-folder`: one folder a class, a convolutional classifier.
+
+This module is what the registry loads; the work is in `images` (reading) and `image_training` (torch and MONAI, imported
+only when the data are opened for training).
+"""
+
+from pathlib import Path
+
+from fl_client.tasks.base import DataReport, LocalOptions, OnProgress, Workspace
+from fl_client.tasks.images import scan_folder
+from medhive.spec import StudyData
+
+
+class ImageFolderTask:
+    """See `fl_client.tasks.base.Task` for the methods."""
+
+    name = "image-folder"
+
+    def check(
+        self,
+        data_dir: Path,
+        study: StudyData,
+        secret: bytes,
+        *,
+        on_progress: OnProgress | None = None,
+        local: LocalOptions | None = None,
+    ) -> DataReport:
+        """Read everything once and report; raises as `images.scan_folder`."""
+        return scan_folder(data_dir, study, secret, on_progress=on_progress, local=local).report
+
+    def open(
+        self,
+        data_dir: Path,
+        study: StudyData,
+        secret: bytes,
+        *,
+        device: str = "cpu",
+        on_progress: OnProgress | None = None,
+        local: LocalOptions | None = None,
+    ) -> Workspace:
+        """Read the images into memory; raises as `images.scan_folder`, and DeviceUnavailable, UnknownModel."""
+        from fl_client.tasks.image_training import open_workspace  # noqa: PLC0415 - seconds of imports
+
+        return open_workspace(data_dir, study, secret, device=device, on_progress=on_progress, local=local)
