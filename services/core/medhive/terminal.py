@@ -242,18 +242,36 @@ def _console(file: IO[str]) -> "Console":
 # ---- commands ------------------------------------------------------------------------------------------------------
 
 
+def _remember(context: click.Context, option: click.Parameter, value: bool) -> None:
+    # Click shares `meta` between a program and its commands, so the options may stand before or after the command's name.
+    if value and option.name:
+        context.meta[option.name] = True
+
+
 def _common_options() -> list[click.Parameter]:
     return [
-        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
-        click.Option(["--no-input"], is_flag=True, help="Never ask; missing values are errors."),
+        click.Option(
+            ["--json"], is_flag=True, expose_value=False, callback=_remember, help="Print the result as JSON."
+        ),
+        click.Option(
+            ["--no-input"],
+            is_flag=True,
+            expose_value=False,
+            callback=_remember,
+            help="Never ask; missing values are errors.",
+        ),
     ]
 
 
-def _terminal_of(context: click.Context) -> Terminal:
-    outer = context.parent.obj if context.parent else None
-    outer = outer if isinstance(outer, Terminal) else Terminal()
-    as_json, no_input = context.params.pop("as_json", False), context.params.pop("no_input", False)
-    return Terminal(json=outer.json or as_json, no_input=outer.no_input or no_input)
+def _enter(context: click.Context, invoke: Callable[[click.Context], Any]) -> Any:
+    """Run a command with its terminal; turn a MedHive error into its sentence and exit code 1."""
+    context.obj = Terminal(json=context.meta.get("json", False), no_input=context.meta.get("no_input", False))
+    try:
+        return invoke(context)
+    except MedHiveError as error:
+        root = context.find_root().command
+        context.obj.fail(error, root.hints.get(error.code, "") if isinstance(root, Program) else "")
+        context.exit(FAILED)
 
 
 class Command(click.Command):
@@ -264,14 +282,8 @@ class Command(click.Command):
         self.params.extend(_common_options())
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it; turn a MedHive error into its sentence and exit code 1."""
-        ctx.obj = _terminal_of(ctx)
-        try:
-            return super().invoke(ctx)
-        except MedHiveError as error:
-            root = ctx.find_root().command
-            ctx.obj.fail(error, root.hints.get(error.code, "") if isinstance(root, Program) else "")
-            ctx.exit(FAILED)
+        """Run it, and say what went wrong."""
+        return _enter(ctx, super().invoke)
 
 
 class Group(click.Group):
@@ -284,9 +296,8 @@ class Group(click.Group):
         self.params.extend(_common_options())
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Pass the shared options on to the command that follows."""
-        ctx.obj = _terminal_of(ctx)
-        return super().invoke(ctx)
+        """Run what its function does, or the command that follows."""
+        return _enter(ctx, super().invoke)
 
 
 class Program(Group):

@@ -1,0 +1,1 @@
+"""The coordinator's command line, `medhive-admin`: a client of the gateway's HTTP API like any other."""
