@@ -6,8 +6,9 @@ costs nothing: the next look catches up.
 
 import queue
 import threading
-from collections.abc import Callable
-from typing import Any, Final, Self, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any, Final, Protocol, Self, TypeVar
 
 from medhive.client import GatewayClient
 from medhive.errors import MedHiveError, NotAllowed, NotAuthenticated, Unreachable
@@ -20,25 +21,82 @@ RECONNECT_S: Final = 2.0
 STREAM_TIMEOUT_S: Final = 30.0  # the gateway sends a sign of life more often than this
 
 Seen = TypeVar("Seen")
-OpenClient = Callable[[], GatewayClient]
 Say = Callable[[Any, str], None]
 """Called with what happened, for a program, and the same in words."""
+
+
+class Source(Protocol):
+    """What a follower reads; an administrator's connection and a hospital's are two of them."""
+
+    def request(self, request_id: str) -> RequestAnswer:
+        """One request."""
+
+    def run(self, run_id: str) -> RunAnswer:
+        """One run."""
+
+    def rounds(self, run_id: str) -> list[RoundAnswer]:
+        """The rounds of a run so far."""
+
+    def head(self) -> Head:
+        """The signed newest row of the event log."""
+
+    def events(self, after: int, timeout_s: float) -> Iterator[EventAnswer]:
+        """Rows of the live event stream, until the gateway or the time-out ends it."""
+
+    def close(self) -> None:
+        """Close the connections."""
+
+
+OpenSource = Callable[[], Source]
+
+
+class ClientSource:
+    """A source over a plain connection to the gateway."""
+
+    def __init__(self, client: GatewayClient) -> None:
+        """Read through this connection."""
+        self._client = client
+
+    def request(self, request_id: str) -> RequestAnswer:
+        """One request."""
+        return RequestAnswer.model_validate(self._client.get(f"{API}/requests/{request_id}"))
+
+    def run(self, run_id: str) -> RunAnswer:
+        """One run."""
+        return RunAnswer.model_validate(self._client.get(f"{API}/runs/{run_id}"))
+
+    def rounds(self, run_id: str) -> list[RoundAnswer]:
+        """The rounds of a run so far."""
+        return [RoundAnswer.model_validate(row) for row in self._client.get(f"{API}/runs/{run_id}/rounds")]
+
+    def head(self) -> Head:
+        """The signed newest row of the event log."""
+        return Head.model_validate(self._client.get(f"{API}/events/head"))
+
+    def events(self, after: int, timeout_s: float) -> Iterator[EventAnswer]:
+        """Rows of the live event stream, until the gateway or the time-out ends it."""
+        for row in self._client.events(after, timeout_s=timeout_s):
+            yield EventAnswer.model_validate(row)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
 
 
 class Feed:
     """The live event stream, read by a thread of its own that reconnects for as long as needed."""
 
     def __init__(
-        self, open_client: OpenClient, after: int, on_event: Callable[[EventAnswer], None] | None = None
+        self, open_source: OpenSource, after: int, on_event: Callable[[EventAnswer], None] | None = None
     ) -> None:
         """Prepare; `with` starts it.
 
         Args:
-            open_client: makes a connection of the feed's own.
+            open_source: makes a connection of the feed's own.
             after: number of the last event that is known already.
             on_event: called in the feed's thread; without it events are collected for `wait`.
         """
-        self._open_client = open_client
+        self._open_source = open_source
         self._after = after
         self._events: queue.SimpleQueue[EventAnswer] = queue.SimpleQueue()
         self._on_event = on_event or self._events.put
@@ -72,30 +130,24 @@ class Feed:
             self._stop.wait(RECONNECT_S)
 
     def _read(self) -> None:
-        with self._open_client() as client:
-            for row in client.events(self._after, timeout_s=STREAM_TIMEOUT_S):
+        with closing(self._open_source()) as source:
+            for event in source.events(self._after, STREAM_TIMEOUT_S):
                 if self._stop.is_set():
                     return
-                event = EventAnswer.model_validate(row)
                 self._after = event.number
                 self._on_event(event)
-
-
-def newest_event(client: GatewayClient) -> int:
-    """Number of the newest row of the event log."""
-    return Head.model_validate(client.get(f"{API}/events/head")).body.number
 
 
 class RunFollower:
     """Says what is new about one run each time it looks."""
 
-    def __init__(self, client: GatewayClient, run_id: str, say: Say, *, epochs: bool = False) -> None:
+    def __init__(self, source: Source, run_id: str, say: Say, *, epochs: bool = False) -> None:
         """Nothing is known yet, so that the first look tells everything so far.
 
         Args:
             epochs: also say each epoch that a site trains.
         """
-        self._client = client
+        self._source = source
         self._run_id = run_id
         self._say = say
         self._epochs = epochs
@@ -106,7 +158,7 @@ class RunFollower:
 
     def look(self) -> RunAnswer:
         """Fetch the run and say what changed."""
-        run = RunAnswer.model_validate(self._client.get(f"{API}/runs/{self._run_id}"))
+        run = self._source.run(self._run_id)
         self._tell_consents(run)
         if self._epochs:
             for activity in run.activity:
@@ -142,8 +194,7 @@ class RunFollower:
     def _tell_rounds(self, run: RunAnswer) -> None:
         if run.round == 0 and run.state in (RunState.CONSENTING, RunState.READY):
             return
-        for row in self._client.get(f"{API}/runs/{run.id}/rounds"):
-            item = RoundAnswer.model_validate(row)
+        for item in self._source.rounds(run.id):
             if item.state is RoundState.OPEN or item.number in self._rounds or item.number == 0:
                 continue
             self._rounds.add(item.number)
@@ -164,33 +215,29 @@ def _state_line(run: RunAnswer) -> str:
     return f"{line}: {run.reason}" if run.reason else line
 
 
-def follow_request(client: GatewayClient, open_client: OpenClient, request_id: str, say: Say) -> RequestAnswer:
+def follow_request(source: Source, open_source: OpenSource, request_id: str, say: Say) -> RequestAnswer:
     """Wait until a request is decided, and return it."""
-    with Feed(open_client, newest_event(client)) as feed:
+    with Feed(open_source, source.head().body.number) as feed:
         while True:
-            request = _patiently(lambda: _request(client, request_id), say, feed)
+            request = _patiently(lambda: source.request(request_id), say, feed)
             if request is not None and request.state is not RequestState.PENDING:
-                by = f" by {request.decided_by}" if request.decided_by else ""
-                line = f"{request.id} is {request.state}{by}"
-                say(
-                    {"request": request.id, "state": request.state},
-                    f"{line}: {request.reason}" if request.reason else line,
-                )
+                say({"request": request.id, "state": request.state}, _decision_line(request))
                 return request
             feed.wait(LOOK_AGAIN_S)
 
 
-def _request(client: GatewayClient, request_id: str) -> RequestAnswer:
-    return RequestAnswer.model_validate(client.get(f"{API}/requests/{request_id}"))
+def _decision_line(request: RequestAnswer) -> str:
+    line = f"{request.id} is {request.state}"
+    if request.decided_by:
+        line += f" by {request.decided_by}"
+    return f"{line}: {request.reason}" if request.reason else line
 
 
-def follow_run(
-    client: GatewayClient, open_client: OpenClient, run_id: str, say: Say, *, epochs: bool = False
-) -> RunAnswer:
+def follow_run(source: Source, open_source: OpenSource, run_id: str, say: Say, *, epochs: bool = False) -> RunAnswer:
     """Say what happens in a run until it has ended, and return it."""
-    follower = RunFollower(client, run_id, say, epochs=epochs)
+    follower = RunFollower(source, run_id, say, epochs=epochs)
     follower.look()
-    with Feed(open_client, newest_event(client)) as feed:
+    with Feed(open_source, source.head().body.number) as feed:
         while True:
             run = _patiently(follower.look, say, feed)
             if run is not None and run.state in FINAL_RUN_STATES:

@@ -10,10 +10,10 @@ from typing import Final
 import click
 
 from api_gateway.admin import models, runs
-from api_gateway.admin.session import Session, connect, load_session
+from api_gateway.admin.session import Session, load_session, open_source
 from medhive.client import GatewayClient
 from medhive.errors import InvalidInput
-from medhive.follow import Feed, newest_event
+from medhive.follow import ClientSource, Feed
 from medhive.menu import Item, run_menu
 from medhive.states import FINAL_RUN_STATES, RequestState
 from medhive.terminal import Command, Terminal, pass_terminal
@@ -45,8 +45,10 @@ def menu(terminal: Terminal, context: click.Context) -> None:
             origin = f" from {event.site or event.actor}" if event.kind == "request.sent" else ""
             terminal.note(f"\n*** {ANNOUNCED[event.kind]}: {event.subject}{origin} ***")
 
-    with session.open() as client, Feed(connect, newest_event(client), announce):
-        run_menu(terminal, lambda: _head(session, client), _items(context, terminal, client))
+    with session.open() as client:
+        newest = ClientSource(client).head().body.number
+        with Feed(open_source, newest, announce):
+            run_menu(terminal, lambda: _head(session, client), _items(context, terminal, client))
 
 
 def _head(session: Session, client: GatewayClient) -> str:

@@ -4,10 +4,10 @@ from typing import Any, Final
 
 import click
 
-from api_gateway.admin.session import connect
+from api_gateway.admin.session import connect, open_source
 from medhive.client import GatewayClient
 from medhive.errors import InvalidInput, MedHiveError
-from medhive.follow import follow_request, follow_run
+from medhive.follow import ClientSource, follow_request, follow_run
 from medhive.spec import build_options
 from medhive.states import FINAL_RUN_STATES, RequestState, RunState
 from medhive.terminal import Command, Terminal, build, chosen_options, pass_terminal, run_options
@@ -81,10 +81,10 @@ def wait_for_request(terminal: Terminal, client: GatewayClient, request_id: str)
         RequestNotApproved: it was rejected or cancelled.
         RunUnsuccessful: the run ended without a new version.
     """
-    decided = follow_request(client, connect, request_id, lambda _value, text: terminal.note(text))
+    decided = follow_request(ClientSource(client), open_source, request_id, lambda _value, text: terminal.note(text))
     if decided.state is not RequestState.APPROVED or decided.run_id is None:
         raise RequestNotApproved(f"{decided.id} is {decided.state}.", request=decided.id, reason=decided.reason)
-    run = follow_run(client, connect, decided.run_id, lambda _value, text: terminal.note(text))
+    run = follow_run(ClientSource(client), open_source, decided.run_id, lambda _value, text: terminal.note(text))
     show_run(terminal, client, run)
     _require_completed(run)
 
@@ -221,7 +221,7 @@ def show(terminal: Terminal, what: str) -> None:
 def watch(terminal: Terminal, run_id: str) -> None:
     """Follow a run live, to its end: consents, epochs, rounds, who was dropped and why."""
     with connect() as client:
-        _require_completed(follow_run(client, connect, run_id, terminal.record, epochs=True))
+        _require_completed(follow_run(ClientSource(client), open_source, run_id, terminal.record, epochs=True))
 
 
 @click.command(cls=Command)

@@ -17,6 +17,7 @@ import httpx
 
 from medhive.client import CONNECT_TIMEOUT_S, GatewayClient, Trust
 from medhive.errors import InvalidInput, NotAuthenticated, Unreachable
+from medhive.follow import ClientSource, Source
 from medhive.wire import API, CoordinatorAnswer
 
 CONFIG_VARIABLE: Final = "MEDHIVE_ADMIN_CONFIG"
@@ -76,6 +77,11 @@ def load_session() -> Session:
 def connect() -> GatewayClient:
     """A connection in the name of whoever is logged in."""
     return load_session().open()
+
+
+def open_source() -> Source:
+    """A connection of its own for a follower's event stream."""
+    return ClientSource(connect())
 
 
 def fingerprint(ca_pem: str) -> str:
