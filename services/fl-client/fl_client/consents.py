@@ -1,0 +1,324 @@
+"""Giving, refusing and taking back a hospital's consent to a run, by a person or as one has allowed beforehand.
+
+The data are checked first, and what is signed says about them only a keyed fingerprint and counts by reason. An answer is
+kept in site.db before it is sent: when the coordinator does not answer, the node delivers it later. A withdrawal counts
+at this hospital from the moment that it is written down, whether or not the coordinator can hear it.
+"""
+
+import secrets
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from fl_client.jobs import Job, JobKind
+from fl_client.policy import load_policy, objection
+from fl_client.site import Site
+from fl_client.store import GivenConsent, OutboxItem
+from fl_client.trainer import Listener, Trainer
+from medhive.consent import MAX_VALIDITY, Consent, ConsentBody, check_consent
+from medhive.errors import Conflict, InvalidInput, MedHiveError, NotAllowed, NotFound, Unreachable
+from medhive.signing import sign
+from medhive.spec import RunSpec
+from medhive.states import FINAL_RUN_STATES, ConsentState, RunState
+from medhive.wire import Decision, RunAnswer
+
+# Long enough for the longest usual run, short enough that a forgotten consent ends by itself.
+DEFAULT_VALIDITY = timedelta(days=30)
+CONSENT, DECISION = "consent", "decision"
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What check-data found, without a name: examples per class, skipped by reason, the keyed fingerprint."""
+
+    fingerprint: str
+    examples: int
+    classes: dict[str, int]
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run that waits for this site's answer; `own_request` when it is exactly what this site itself asked for."""
+
+    run: RunAnswer
+    own_request: bool
+
+
+@dataclass(frozen=True)
+class Permission:
+    """Who allowed a consent beforehand, and by what."""
+
+    person: str
+    given_by: str
+
+
+@dataclass(frozen=True)
+class Sent:
+    """`delivered` is False when the coordinator did not answer: the node will deliver it."""
+
+    delivered: bool
+    consent: Consent | None = None
+
+
+def open_runs(site: Site) -> list[OpenRun]:
+    """Runs that wait for this site's answer, oldest first."""
+    waiting = site.gateway.runs(state=RunState.CONSENTING.value)
+    found = [OpenRun(run, _is_own_request(site, run)) for run in waiting if _is_open(site, run)]
+    return sorted(found, key=lambda item: item.run.created_at)
+
+
+def check_data(site: Site, trainer: Trainer, spec: RunSpec, listener: Listener | None = None) -> DataCheck:
+    """Read the study's data through and say what a consent may say about them.
+
+    Raises:
+        JobFailed: the data do not fit the study; `cause_code` names why.
+    """
+    source = site.source(spec.study, spec.task, spec.data)
+    job = Job(id=f"check-{secrets.token_hex(4)}", kind=JobKind.CHECK, source=source)
+    report = trainer.run(job, listener) if listener else trainer.run(job)
+    return DataCheck(report["fingerprint"], report["examples"], dict(report["classes"]), dict(report["reasons"]))
+
+
+def grant(
+    site: Site,
+    run: RunAnswer,
+    *,
+    person: str,
+    check: DataCheck,
+    valid_for: timedelta = DEFAULT_VALIDITY,
+    given_by: str = "person",
+) -> Sent:
+    """Consent to a run.
+
+    Raises:
+        Conflict: the run no longer waits for consents, or this site has answered.
+        InvalidInput: the specification is not what its hash says, or asks what this version cannot honour.
+        MedHiveError: the coordinator's refusal.
+    """
+    _require_open(site, run)
+    _require_honest(run)
+    run.spec.options.privacy.require_supported()
+    if not timedelta(0) < valid_for <= MAX_VALIDITY:
+        raise InvalidInput("A consent must expire after it is issued, within a year.")
+    body = _body(site, run.id, run.spec, "granted", person, valid_for=valid_for, check=check)
+    return _send(site, sign(body, site.consent_key), run.spec, "sending", given_by)
+
+
+def decline(site: Site, run: RunAnswer, *, person: str, reason: str = "") -> Sent:
+    """Refuse to take part in a run.
+
+    Raises:
+        Conflict: the run no longer waits for consents, or this site has answered.
+        MedHiveError: the coordinator's refusal.
+    """
+    _require_open(site, run)
+    body = _body(site, run.id, run.spec, "declined", person, reason=reason)
+    return _send(site, sign(body, site.consent_key), run.spec, "declined", "person")
+
+
+def withdraw(site: Site, run_id: str, *, person: str, reason: str = "") -> Sent:
+    """Take a consent back; a running node stops its training within a second or two.
+
+    Raises:
+        NotFound: this site has not consented to that run.
+        Conflict: it was declined or withdrawn before.
+        MedHiveError: the coordinator's refusal; the withdrawal counts here all the same.
+    """
+    given = site.store.consent(run_id)
+    if given is None:
+        raise NotFound(f"This hospital has given no consent to {run_id}.", run_id=run_id)
+    if given.state not in ("sending", "granted"):
+        raise Conflict(f"The consent to {run_id} is {given.state} already.", run_id=run_id)
+    body = _body(site, run_id, given.spec, "withdrawn", person, reason=reason)
+    signed = sign(body, site.consent_key)
+    return _send(site, signed, given.spec, "withdrawn", "person")
+
+
+def permission(site: Site, run: RunAnswer) -> Permission | str:
+    """Who has allowed to consent to this run by itself; or, as text, why nobody has.
+
+    Raises:
+        BadSignature, InvalidInput: the policy file is damaged or not this hospital's.
+    """
+    own = site.store.own_request(run.request_id)
+    if own is not None and own[0] == run.spec.spec_hash:
+        return Permission(own[1], f"own request {run.request_id}")
+    policy = load_policy(site)
+    if policy is None:
+        if own is not None:
+            return "the coordinator changed what this hospital had asked for"
+        return ""
+    reason = objection(policy, run.spec, site.latest_now())
+    return reason if reason is not None else Permission(policy.person, "policy")
+
+
+def valid_consent(site: Site, run_id: str, now: datetime) -> GivenConsent:
+    """The own consent that covers a run now.
+
+    Raises:
+        NotAllowed: there is none, or it was declined or withdrawn.
+        Expired, BadSignature, InvalidInput: it does not hold (any more).
+    """
+    given = site.store.consent(run_id)
+    if given is None:
+        raise NotAllowed(f"This hospital has not consented to {run_id}.", run_id=run_id)
+    if given.state not in ("sending", "granted"):
+        raise NotAllowed(f"This hospital's consent to {run_id} is {given.state}.", run_id=run_id)
+    check_consent(
+        given.signed,
+        site.consent_key.public,
+        site=site.name,
+        run_id=run_id,
+        spec_hash=given.spec.spec_hash,
+        rounds=given.spec.options.rounds,
+        coordinator_key_id=site.identity.verify_key.key_id,
+        now=now,
+    )
+    return given
+
+
+def deliver(site: Site) -> list[tuple[OutboxItem, MedHiveError | None]]:
+    """Send what the coordinator has not received yet; returns what it took (None) or refused (why).
+
+    Raises:
+        Unreachable: the coordinator does not answer; everything is kept.
+    """
+    done: list[tuple[OutboxItem, MedHiveError | None]] = []
+    for item in site.store.outbox():
+        done.append((item, _deliver_one(site, item)))
+    return done
+
+
+def _deliver_one(site: Site, item: OutboxItem) -> MedHiveError | None:
+    try:
+        site.gateway.post(item.path, item.body)
+    except Unreachable:
+        raise
+    except MedHiveError as error:
+        if _was_received(site, item):
+            _settle(site, item)
+            return None
+        site.store.refused(item.id, str(error))
+        if item.kind == CONSENT and item.body["body"]["decision"] != "withdrawn":
+            site.store.forget_consent(item.body["body"]["run_id"])
+        return error
+    _settle(site, item)
+    return None
+
+
+def _settle(site: Site, item: OutboxItem) -> None:
+    if item.kind == CONSENT and item.body["body"]["decision"] == "granted":
+        site.store.set_consent_state(item.body["body"]["run_id"], "granted")
+    site.store.delivered(item.id)
+
+
+def _was_received(site: Site, item: OutboxItem) -> bool:
+    """Whether a refusal only means that an earlier try had arrived and its answer was lost."""
+    if item.kind != CONSENT:
+        return False
+    consent = Consent.model_validate(item.body)
+    for answer in site.gateway.consents(consent.body.run_id):
+        if answer.site == site.name and answer.consent is not None:
+            return answer.consent.signature == consent.signature
+    return False
+
+
+def _send(site: Site, signed: Consent, spec: RunSpec, state: str, given_by: str) -> Sent:
+    body = signed.body
+    if state == "sending":
+        site.store.keep_consent(signed, spec, "sending", given_by)
+    elif state == "declined":
+        site.store.keep_consent(signed, spec, "declined", given_by)
+    else:
+        site.store.set_consent_state(body.run_id, "withdrawn")
+    path = f"/runs/{body.run_id}/" + ("withdraw" if body.decision == "withdrawn" else "consents")
+    number = site.store.post(CONSENT, path, signed.model_dump(mode="json"))
+    return Sent(delivered=deliver_now(site, number), consent=signed)
+
+
+def deliver_now(site: Site, number: int) -> bool:
+    """Try to deliver at once; False when the coordinator does not answer.
+
+    Raises:
+        MedHiveError: the coordinator's refusal of the statement with this number.
+    """
+    try:
+        results = deliver(site)
+    except Unreachable:
+        return False
+    for item, error in results:
+        if item.id == number and error is not None:
+            raise error
+    return True
+
+
+def send_decision(site: Site, decision: Decision) -> bool:
+    """Queue a decision and try to deliver it; False when the coordinator does not answer."""
+    body = decision.body
+    path = f"/studies/{body.study}/versions/{body.version}/decisions"
+    return deliver_now(site, site.store.post(DECISION, path, decision.model_dump(mode="json")))
+
+
+def _body(
+    site: Site,
+    run_id: str,
+    spec: RunSpec,
+    decision: str,
+    person: str,
+    *,
+    reason: str = "",
+    valid_for: timedelta = DEFAULT_VALIDITY,
+    check: DataCheck | None = None,
+) -> ConsentBody:
+    if not person.strip():
+        raise InvalidInput("A consent needs the name of the person who gives it.")
+    now = site.now()
+    return ConsentBody.model_validate(
+        {
+            "decision": decision,
+            "coordinator_key_id": site.identity.verify_key.key_id,
+            "site": site.name,
+            "run_id": run_id,
+            "spec_hash": spec.spec_hash,
+            "dataset_fingerprint": check.fingerprint if check else "",
+            "skipped": check.skipped if check else {},
+            "privacy_limits": spec.options.privacy,
+            "max_rounds": spec.options.rounds if decision == "granted" else 0,
+            "issued_at": now,
+            "expires_at": now + valid_for,
+            "nonce": secrets.token_hex(16),
+            "person": person.strip(),
+            "reason": reason,
+        }
+    )
+
+
+def _is_own_request(site: Site, run: RunAnswer) -> bool:
+    own = site.store.own_request(run.request_id)
+    return own is not None and own[0] == run.spec.spec_hash
+
+
+def _is_open(site: Site, run: RunAnswer) -> bool:
+    if site.store.consent(run.id) is not None:
+        return False
+    answers = run.consents or tuple(site.gateway.consents(run.id))
+    own = [answer.state for answer in answers if answer.site == site.name]
+    return not own or own[0] == ConsentState.PENDING
+
+
+def _require_open(site: Site, run: RunAnswer) -> None:
+    given = site.store.consent(run.id)
+    if given is not None:
+        raise Conflict(f"This hospital has answered {run.id} already: {given.state}.", run_id=run.id)
+    if run.state != RunState.CONSENTING:
+        ended = " and over" if run.state in FINAL_RUN_STATES else ""
+        raise Conflict(f"{run.id} is {run.state}{ended}; it no longer waits for consents.", run_id=run.id)
+
+
+def _require_honest(run: RunAnswer) -> None:
+    if run.spec.spec_hash != run.spec_hash or run.rounds != run.spec.options.rounds:
+        raise InvalidInput(
+            f"The coordinator's specification of {run.id} is not the one that its hash names; nothing was signed. Tell "
+            "the coordinator.",
+            run_id=run.id,
+        )

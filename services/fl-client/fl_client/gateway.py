@@ -1,0 +1,310 @@
+"""A hospital's standing connection to the coordinator's gateway: several addresses, fresh tokens, a corrected clock.
+
+Node loop and commands call methods named after what they want; that a token has run out, that the first address is down
+or that this machine's clock is off is dealt with here, once.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from medhive.client import GatewayClient, Progress, RemoteError, Trust
+from medhive.errors import ClockSkew, NotAuthenticated, Unreachable
+from medhive.signing import Signed
+from medhive.version import require_compatible
+from medhive.wire import (
+    API,
+    ActivityReport,
+    ConsentAnswer,
+    CoordinatorAnswer,
+    EventAnswer,
+    Head,
+    NewRequest,
+    RequestAnswer,
+    RoundAnswer,
+    RunAnswer,
+    SiteAnswer,
+    SiteTokenProof,
+    StudyAnswer,
+    TokenAnswer,
+    VersionAnswer,
+)
+
+# A token is renewed this long before it runs out, so that a long upload does not lose it half-way.
+RENEW_BEFORE = timedelta(minutes=5)
+# Below this, network delay and clock error cannot be told apart, and no protocol here minds.
+SMALLEST_OFFSET_S = 2.0
+
+Model = TypeVar("Model", bound=BaseModel)
+Result = TypeVar("Result")
+TokenProof = Callable[[datetime], Signed[SiteTokenProof]]
+
+
+class Gateway:
+    """One hospital's view of the gateway. Safe to use from several threads.
+
+    Every method raises `MedHiveError` subclasses that the gateway named, and `Unreachable` when no address answers.
+    """
+
+    def __init__(
+        self,
+        addresses: tuple[str, ...],
+        trust: Trust,
+        prove: TokenProof,
+        *,
+        token: str | None = None,
+        expires_at: datetime | None = None,
+        clock_offset_s: float = 0.0,
+        on_token: Callable[[TokenAnswer], None] = lambda _token: None,
+        on_clock: Callable[[float], None] = lambda _offset: None,
+    ) -> None:
+        """Connect lazily.
+
+        Args:
+            addresses: tried in order; the one that answered last is tried first the next time.
+            prove: makes a fresh signed proof, dated as told, against which the gateway gives a token.
+            clock_offset_s: seconds to add to this machine's clock, as learnt earlier.
+            on_token, on_clock: told what should survive this process.
+        """
+        self._clients = [GatewayClient(address, trust, token) for address in addresses]
+        self._prove = prove
+        self._expires_at = expires_at if token else None
+        self._offset_s = clock_offset_s
+        self._on_token = on_token
+        self._on_clock = on_clock
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the connections."""
+        for client in self._clients:
+            client.close()
+
+    def __enter__(self) -> "Gateway":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def clock_offset_s(self) -> float:
+        """Seconds that the coordinator's clock is ahead of this machine's."""
+        return self._offset_s
+
+    def now(self) -> datetime:
+        """The present by the coordinator's clock."""
+        return datetime.now(UTC) + timedelta(seconds=self._offset_s)
+
+    # ---- exchange ------------------------------------------------------------------------------------------------
+
+    def _each(self, exchange: Callable[[GatewayClient], Result]) -> Result:
+        last: Unreachable | None = None
+        for client in tuple(self._clients):
+            try:
+                result = exchange(client)
+            except Unreachable as error:
+                last = error
+                continue
+            if client is not self._clients[0]:
+                self._prefer(client)
+            return result
+        raise last or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
+
+    def _prefer(self, client: GatewayClient) -> None:
+        with self._lock:
+            self._clients.sort(key=lambda other: other is not client)
+
+    def _call(self, exchange: Callable[[GatewayClient], Result]) -> Result:
+        """Make one exchange with a valid token; a token that was revoked meanwhile is replaced once."""
+        if self._expires_at is None or self._expires_at - self.now() < RENEW_BEFORE:
+            self.renew()
+        try:
+            return self._each(exchange)
+        except NotAuthenticated:
+            self.renew()
+            return self._each(exchange)
+
+    def renew(self) -> None:
+        """Get a fresh token by signing for it.
+
+        Raises:
+            NotAllowed: the site was revoked or has left.
+            ClockSkew: this machine's clock is off, and the gateway did not say by how much.
+        """
+        with self._lock:
+            proof = self._prove(self.now())
+        try:
+            token = self._ask_token(proof)
+        except ClockSkew as error:
+            self._learn_clock(error)
+            token = self._ask_token(self._prove(self.now()))
+        for client in self._clients:
+            client.use_token(token.token)
+        self._expires_at = token.expires_at
+        self._on_token(token)
+
+    def _ask_token(self, proof: Signed[SiteTokenProof]) -> TokenAnswer:
+        return self._each(lambda client: _read(TokenAnswer, client.post(f"{API}/site-token", proof)))
+
+    def _learn_clock(self, error: ClockSkew) -> None:
+        try:
+            server_time = datetime.fromisoformat(str(error.data["server_time"]))
+        except (KeyError, ValueError):
+            raise error from None
+        self.set_server_time(server_time)
+
+    def set_server_time(self, server_time: datetime) -> None:
+        """Correct the clock by what the coordinator's says."""
+        offset = (server_time - datetime.now(UTC)).total_seconds()
+        self._offset_s = offset if abs(offset) >= SMALLEST_OFFSET_S else 0.0
+        self._on_clock(self._offset_s)
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    def coordinator(self) -> CoordinatorAnswer:
+        """Who the coordinator is; sets the clock by it.
+
+        Raises:
+            IncompatibleVersion: one side must be upgraded; the text says which.
+        """
+        answer = self._each(lambda client: _read(CoordinatorAnswer, client.get(f"{API}/coordinator")))
+        require_compatible(answer.protocol, "this hospital", "the coordinator")
+        self.set_server_time(answer.time)
+        return answer
+
+    def site(self, name: str) -> SiteAnswer:
+        """The own entry."""
+        return self._get(SiteAnswer, f"/sites/{name}")
+
+    def studies(self) -> list[StudyAnswer]:
+        """The studies that this site is a member of."""
+        return self._get_list(StudyAnswer, "/studies")
+
+    def study(self, name: str) -> StudyAnswer:
+        """One study."""
+        return self._get(StudyAnswer, f"/studies/{name}")
+
+    def requests(self) -> list[RequestAnswer]:
+        """Requests of this site and its studies, newest first as the gateway orders them."""
+        return self._get_list(RequestAnswer, "/requests")
+
+    def request(self, request_id: str) -> RequestAnswer:
+        """One request."""
+        return self._get(RequestAnswer, f"/requests/{request_id}")
+
+    def runs(self, **params: Any) -> list[RunAnswer]:
+        """Runs of this site's studies; parameters are `study`, `state`, `changed_after`, `limit`."""
+        return self._get_list(RunAnswer, "/runs", **params)
+
+    def run(self, run_id: str) -> RunAnswer:
+        """One run."""
+        return self._get(RunAnswer, f"/runs/{run_id}")
+
+    def rounds(self, run_id: str) -> list[RoundAnswer]:
+        """The rounds of a run so far."""
+        return self._get_list(RoundAnswer, f"/runs/{run_id}/rounds")
+
+    def consents(self, run_id: str) -> list[ConsentAnswer]:
+        """The answers to a run that this site may see: its own."""
+        return self._get_list(ConsentAnswer, f"/runs/{run_id}/consents")
+
+    def versions(self, study: str) -> list[VersionAnswer]:
+        """All versions of a study's model."""
+        return self._get_list(VersionAnswer, f"/studies/{study}/versions")
+
+    def version(self, study: str, version: int) -> VersionAnswer:
+        """One version."""
+        return self._get(VersionAnswer, f"/studies/{study}/versions/{version}")
+
+    def head(self) -> Head:
+        """The signed newest row of the event log."""
+        return self._get(Head, "/events/head")
+
+    def events(self, after: int, timeout_s: float) -> Iterator[EventAnswer]:
+        """Rows of the live event stream, until the gateway or the time-out ends it."""
+        self._call(lambda client: client.get(f"{API}/events", after=after, limit=1))
+        for row in self._clients[0].events(after, timeout_s=timeout_s):
+            yield _read(EventAnswer, row)
+
+    # ---- writing -------------------------------------------------------------------------------------------------
+
+    def send_request(self, request: NewRequest) -> RequestAnswer:
+        """Ask for a run."""
+        return _read(RequestAnswer, self.post("/requests", request))
+
+    def report_activity(self, run_id: str, report: ActivityReport) -> None:
+        """Say what this site does about a round right now."""
+        self.post(f"/runs/{run_id}/activity", report)
+
+    def post(self, path: str, body: Any) -> Any:
+        """POST a body to a path below the API."""
+        return self._call(lambda client: client.post(API + path, body))
+
+    # ---- bytes ---------------------------------------------------------------------------------------------------
+
+    def fetch_blob(
+        self, run_id: str, digest: str, destination: Path, size_bytes: int, on_progress: Progress | None = None
+    ) -> int:
+        """Fetch a run's weights, resuming; returns the bytes that travelled.
+
+        Raises:
+            DigestMismatch: the bytes are not what was announced.
+        """
+        path = f"{API}/runs/{run_id}/blobs/{digest}"
+        return self._call(
+            lambda client: client.download(path, destination, digest, max_bytes=size_bytes, on_progress=on_progress)
+        )
+
+    def send_blob(self, run_id: str, source: Path, digest: str, on_progress: Progress | None = None) -> int:
+        """Send an update, resuming; returns the bytes that travelled."""
+        path = f"{API}/runs/{run_id}/blobs/{digest}"
+        return self._call(lambda client: client.upload(path, source, on_progress))
+
+    def fetch_version(
+        self,
+        study: str,
+        version: int,
+        destination: Path,
+        *,
+        digest: str,
+        size_bytes: int,
+        on_progress: Progress | None = None,
+    ) -> int:
+        """Fetch a version's weights, resuming; returns the bytes that travelled.
+
+        Raises:
+            DigestMismatch: the bytes are not what was announced.
+        """
+        path = f"{API}/studies/{study}/versions/{version}/file"
+        return self._call(
+            lambda client: client.download(path, destination, digest, max_bytes=size_bytes, on_progress=on_progress)
+        )
+
+    def _get(self, model: type[Model], path: str, **params: Any) -> Model:
+        return _read(model, self._call(lambda client: client.get(API + path, **params)))
+
+    def _get_list(self, model: type[Model], path: str, **params: Any) -> list[Model]:
+        answer = self._call(lambda client: client.get(API + path, **params))
+        try:
+            return TypeAdapter(list[model]).validate_python(answer)  # type: ignore[valid-type]
+        except ValidationError as error:
+            raise _unreadable(path, error) from error
+
+
+def _read(model: type[Model], answer: Any) -> Model:
+    try:
+        return model.model_validate(answer)
+    except ValidationError as error:
+        raise _unreadable(model.__name__, error) from error
+
+
+def _unreadable(what: str, error: ValidationError) -> RemoteError:
+    count = error.error_count()
+    return RemoteError(
+        f"The coordinator's answer ({what}) does not have the form that this version knows ({count} fields differ); "
+        "upgrade this hospital.",
+        what=what,
+    )

@@ -1,0 +1,487 @@
+"""Who this hospital is: its keys, made here and never sent, and its one-time joining of a coordinator.
+
+The invite's token carries the fingerprint of the coordinator's own certificate authority. Nothing else is trusted at the
+start: the authority's certificate is fetched unverified, must have exactly that fingerprint, and only a connection that it
+vouches for is given the invite's secret. From then on the consent key proves who is speaking, for ever.
+
+Joining again with the same state folder continues as the same site: nothing is made anew, no invite is used up.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import secrets
+import ssl
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+import httpx
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import ValidationError
+
+from fl_client.gateway import Gateway
+from fl_client.store import Store
+from medhive import __version__
+from medhive.client import CONNECT_TIMEOUT_S, GatewayClient, Trust
+from medhive.errors import (
+    BadSignature,
+    ClockSkew,
+    Conflict,
+    InvalidInput,
+    MedHiveError,
+    NotAllowed,
+    NotFound,
+    TooLarge,
+    Unreachable,
+)
+from medhive.signing import Signed, SigningKey, VerifyKey, canonical_json, sign, write_secret
+from medhive.spec import explain
+from medhive.version import PROTOCOL, require_compatible
+from medhive.wire import (
+    API,
+    CoordinatorAnswer,
+    Join,
+    JoinAnswer,
+    JoinProof,
+    Reason,
+    SiteAnswer,
+    SiteTokenProof,
+    TokenAnswer,
+)
+
+TOKEN_PREFIX = "mh1"  # noqa: S105 - the form's name, not a secret
+SECRET_BYTES = 32
+# The unverified first answer holds one certificate and a few names; more is not read.
+MAX_BOOTSTRAP_BYTES = 256 * 1024
+IDENTITY, TOKEN, CLOCK = "identity", "token", "clock_offset_s"
+
+
+class NotJoined(NotFound):
+    """This state folder belongs to no site yet."""
+
+    code = "not-joined"
+
+
+class AlreadyJoined(Conflict):
+    """This state folder belongs to another site already."""
+
+    code = "already-joined"
+
+
+class WrongAuthority(BadSignature):
+    """The server that answers is not the one that made the invite."""
+
+    code = "wrong-authority"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The hospital's own secrets, as files of mode 0600."""
+
+    folder: Path
+
+    @property
+    def node_file(self) -> Path:
+        """NIST P-384 key, PEM: Flower's node authentication."""
+        return self.folder / "node.pem"
+
+    @property
+    def consent_file(self) -> Path:
+        """Ed25519 key, PEM: everything that the hospital signs."""
+        return self.folder / "consent.pem"
+
+    @property
+    def secret_file(self) -> Path:
+        """Key of the HMACs that sort examples into parts and fingerprint the data."""
+        return self.folder / "data.secret"
+
+    def make(self) -> None:
+        """Make what is missing; what is there is never touched."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not self.node_file.exists():
+            key = ec.generate_private_key(ec.SECP384R1())
+            pem = key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+            write_secret(self.node_file, pem)
+        if not self.consent_file.exists():
+            SigningKey.generate().save(self.consent_file)
+        if not self.secret_file.exists():
+            write_secret(self.secret_file, secrets.token_bytes(SECRET_BYTES))
+
+    def consent_key(self) -> SigningKey:
+        """The key that signs.
+
+        Raises:
+            InvalidInput: it is missing or damaged.
+        """
+        return SigningKey.load(self.consent_file)
+
+    def node_key(self) -> ec.EllipticCurvePrivateKey:
+        """The key that Flower knows.
+
+        Raises:
+            InvalidInput: it is missing or damaged.
+        """
+        try:
+            key = serialization.load_pem_private_key(self.node_file.read_bytes(), password=None)
+        except (OSError, ValueError) as error:
+            raise InvalidInput(f"Cannot read the node key from {self.node_file}: {error}.") from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise InvalidInput(f"{self.node_file} holds another kind of key than NIST P-384.")
+        return key
+
+
+@dataclass(frozen=True)
+class Invite:
+    """A JOIN_TOKEN, taken apart."""
+
+    secret: str
+    authority_sha256: bytes
+
+    @classmethod
+    def parse(cls, token: str) -> Self:
+        """Read `mh1.<secret>.<fingerprint>`.
+
+        Raises:
+            InvalidInput: it is no invite; the text does not repeat it.
+        """
+        parts = token.strip().split(".")
+        problem = "The join token is not one of MedHive's; copy the whole line that `medhive-admin invite` printed."
+        if len(parts) != 3 or parts[0] != TOKEN_PREFIX:
+            raise InvalidInput(problem)
+        try:
+            secret, fingerprint = (base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in parts[1:])
+        except (binascii.Error, ValueError) as error:
+            raise InvalidInput(problem) from error
+        if len(secret) != SECRET_BYTES or len(fingerprint) != hashlib.sha256().digest_size:
+            raise InvalidInput(problem)
+        return cls(parts[1], fingerprint)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a site knows of itself and its coordinator after joining."""
+
+    site: str
+    addresses: tuple[str, ...]
+    fleet_address: str
+    coordinator_name: str
+    coordinator_key: str
+    ca_pem: str
+    joined_at: str
+    left: bool = False
+
+    @property
+    def verify_key(self) -> VerifyKey:
+        """The coordinator's key: tasks, manifests and heads are signed with it."""
+        return VerifyKey.from_text(self.coordinator_key)
+
+    @property
+    def fleet_url(self) -> str:
+        """Where Flower's fleet API answers."""
+        return self.fleet_address if "://" in self.fleet_address else f"https://{self.fleet_address}"
+
+    def trust(self, extra_ca_file: Path | None = None) -> Trust:
+        """Whose certificates count."""
+        return Trust(ca_pem=self.ca_pem, extra_ca_file=extra_ca_file)
+
+    def tls(self, extra_ca_file: Path | None = None) -> ssl.SSLContext:
+        """The TLS context for the fleet address."""
+        return self.trust(extra_ca_file).context()
+
+    def save(self, store: Store) -> None:
+        """Keep it."""
+        store.set_fact(IDENTITY, asdict(self))
+
+    @classmethod
+    def load(cls, store: Store) -> Self:
+        """Read what `save` kept.
+
+        Raises:
+            NotJoined: nothing was kept yet.
+        """
+        kept = store.fact(IDENTITY)
+        if kept is None:
+            raise NotJoined("This hospital has not joined yet; run `medhive-site join` with the coordinator's invite.")
+        return cls(**{**kept, "addresses": tuple(kept["addresses"])})
+
+
+@dataclass(frozen=True)
+class JoinOutcome:
+    """`fresh` is False when this state folder was joined before and nothing was done."""
+
+    identity: Identity
+    fresh: bool
+    studies: tuple[str, ...]
+
+
+def connect(identity: Identity, keys: Keys, store: Store, extra_ca_file: Path | None = None) -> Gateway:
+    """Open the site's connection to the gateway, with the kept token and clock."""
+    kept = store.fact(TOKEN)
+    token = TokenAnswer.model_validate(kept) if kept else None
+    return Gateway(
+        identity.addresses,
+        identity.trust(extra_ca_file),
+        token_prover(identity.site, identity.verify_key.key_id, keys),
+        token=token.token if token else None,
+        expires_at=token.expires_at if token else None,
+        clock_offset_s=store.fact(CLOCK) or 0.0,
+        on_token=lambda fresh: store.set_fact(TOKEN, fresh.model_dump(mode="json")),
+        on_clock=lambda offset: _keep_clock(store, offset),
+    )
+
+
+def _keep_clock(store: Store, offset_s: float) -> None:
+    if (store.fact(CLOCK) or 0.0) != offset_s:
+        store.set_fact(CLOCK, offset_s)
+
+
+def token_prover(site: str, coordinator_key_id: str, keys: Keys) -> Callable[[datetime], Signed[SiteTokenProof]]:
+    """Return the function that signs for a fresh token, dated as it is told."""
+
+    def prove(now: datetime) -> Signed[SiteTokenProof]:
+        proof = SiteTokenProof(
+            site=site, coordinator_key_id=coordinator_key_id, issued_at=now, nonce=secrets.token_hex(16)
+        )
+        return sign(proof, keys.consent_key())
+
+    return prove
+
+
+def join(
+    addresses: tuple[str, ...],
+    token: str,
+    client_id: str,
+    *,
+    keys: Keys,
+    store: Store,
+    extra_ca_file: Path | None = None,
+) -> JoinOutcome:
+    """Join a coordinator with its invite, or continue as the site that this state folder already is.
+
+    Raises:
+        AlreadyJoined: the state folder is another site's.
+        InvalidInput: token, name or address are no such thing.
+        WrongAuthority: another server than the inviting one answers.
+        IncompatibleVersion: one side must be upgraded.
+        MedHiveError: the gateway's refusal (expired, used or forged invite, name taken), by cause.
+    """
+    known = _known(store, client_id)
+    if known is not None:
+        return _continue(known, keys, store, extra_ca_file)
+    if not addresses:
+        raise InvalidInput("The coordinator's address is missing; set SERVER_ADDRESS.")
+    invite = Invite.parse(token)
+    keys.make()
+    coordinator, clients = _bootstrap(addresses, invite, extra_ca_file)
+    try:
+        answer = _ask_to_join(clients, coordinator, invite, client_id, keys)
+    finally:
+        for client in clients:
+            client.close()
+    identity = _identity_from(answer, addresses)
+    _keep_clock(store, (answer.coordinator.time - datetime.now(UTC)).total_seconds())
+    store.set_fact(TOKEN, answer.token.model_dump(mode="json"))
+    identity.save(store)
+    return JoinOutcome(identity, True, _own_studies(identity, keys, store, extra_ca_file))
+
+
+def leave(identity: Identity, gateway: Gateway, store: Store, reason: str) -> None:
+    """Leave the coordinator for good; keys, models and database stay on disk.
+
+    Raises:
+        MedHiveError: the gateway's refusal.
+    """
+    gateway.post(f"/sites/{identity.site}/leave", Reason(reason=reason))
+    store.set_fact(IDENTITY, {**asdict(identity), "left": True})
+    store.set_fact(TOKEN, None)
+
+
+def _known(store: Store, client_id: str) -> Identity | None:
+    try:
+        identity = Identity.load(store)
+    except NotJoined:
+        return None
+    if client_id and client_id != identity.site:
+        raise AlreadyJoined(
+            f"This state folder belongs to the site {identity.site}; use another STATE_DIR for {client_id}.",
+            site=identity.site,
+        )
+    if identity.left:
+        raise AlreadyJoined(
+            f"The site {identity.site} has left; use a fresh STATE_DIR and a new invite to join again.",
+            site=identity.site,
+        )
+    return identity
+
+
+def _continue(identity: Identity, keys: Keys, store: Store, extra_ca_file: Path | None) -> JoinOutcome:
+    return JoinOutcome(identity, False, _own_studies(identity, keys, store, extra_ca_file))
+
+
+def _own_studies(identity: Identity, keys: Keys, store: Store, extra_ca_file: Path | None) -> tuple[str, ...]:
+    with connect(identity, keys, store, extra_ca_file) as gateway:
+        return tuple(study.name for study in gateway.studies())
+
+
+def _bootstrap(
+    addresses: tuple[str, ...], invite: Invite, extra_ca_file: Path | None
+) -> tuple[CoordinatorAnswer, list[GatewayClient]]:
+    """Learn the authority from the first address that answers, then ask again over a connection that it vouches for."""
+    unverified = _first_answer(addresses)
+    require_compatible(unverified.protocol, "this hospital", "the coordinator")
+    if _authority_fingerprint(unverified.ca_certificate) != invite.authority_sha256:
+        raise WrongAuthority(
+            "The server that answers is not the one that made this invite; check SERVER_ADDRESS, and ask the "
+            "coordinator for a new invite if it was set up anew."
+        )
+    trust = Trust(ca_pem=unverified.ca_certificate, extra_ca_file=extra_ca_file)
+    clients = [GatewayClient(address, trust) for address in addresses]
+    return _ask_coordinator(clients), clients
+
+
+def _first_answer(addresses: tuple[str, ...]) -> CoordinatorAnswer:
+    problem: MedHiveError | None = None
+    for address in addresses:
+        try:
+            return _unverified_coordinator(address)
+        except (Unreachable, InvalidInput) as error:
+            problem = problem or error
+    raise problem or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
+
+
+def _unverified_coordinator(address: str) -> CoordinatorAnswer:
+    """The one exchange without verification: it sends nothing secret, and its answer is checked by the invite."""
+    not_one = f"{address} does not answer as a MedHive coordinator; check SERVER_ADDRESS."
+    try:
+        with (
+            httpx.Client(verify=False, timeout=CONNECT_TIMEOUT_S) as http,  # noqa: S501
+            http.stream("GET", f"{address}{API}/coordinator") as answer,
+        ):
+            content = _read_bounded(answer)
+            if answer.is_error:
+                raise InvalidInput(not_one)
+    except httpx.TransportError as error:
+        raise Unreachable(
+            f"{address} does not answer ({error or type(error).__name__}); see docs/troubleshooting.md, 'The "
+            "coordinator does not answer'.",
+            address=address,
+        ) from error
+    try:
+        return CoordinatorAnswer.model_validate(json.loads(content))
+    except (ValueError, ValidationError) as error:
+        raise InvalidInput(not_one) from error
+
+
+def _read_bounded(answer: httpx.Response) -> bytes:
+    content = b""
+    for chunk in answer.iter_bytes():
+        content += chunk
+        if len(content) > MAX_BOOTSTRAP_BYTES:
+            raise TooLarge("The server's first answer is too large for a MedHive coordinator's; check SERVER_ADDRESS.")
+    return content
+
+
+def _authority_fingerprint(pem: str) -> bytes:
+    try:
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+    except ValueError as error:
+        raise WrongAuthority("The server's answer holds no certificate; check SERVER_ADDRESS.") from error
+    return certificate.fingerprint(hashes.SHA256())
+
+
+def _ask_coordinator(clients: list[GatewayClient]) -> CoordinatorAnswer:
+    last: Unreachable | None = None
+    for client in clients:
+        try:
+            answer = CoordinatorAnswer.model_validate(client.get(f"{API}/coordinator"))
+        except Unreachable as error:
+            last = error
+            continue
+        clients.sort(key=lambda other: other is not client)
+        return answer
+    raise last or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
+
+
+def _ask_to_join(
+    clients: list[GatewayClient], coordinator: CoordinatorAnswer, invite: Invite, client_id: str, keys: Keys
+) -> JoinAnswer:
+    client = clients[0]
+    offset = coordinator.time - datetime.now(UTC)
+    body = _join_body(coordinator, invite, client_id, keys, datetime.now(UTC) + offset)
+    try:
+        return JoinAnswer.model_validate(client.post(f"{API}/join", body))
+    except (Conflict, NotAllowed, NotFound, BadSignature, InvalidInput) as refusal:
+        # The answer to an earlier try may have been lost on the way: then this site's own signature already counts.
+        recovered = _recover(client, coordinator, client_id, keys, datetime.now(UTC) + offset)
+        if recovered is None:
+            raise
+        del refusal
+        return recovered
+
+
+def _join_body(coordinator: CoordinatorAnswer, invite: Invite, client_id: str, keys: Keys, now: datetime) -> Join:
+    node_key, consent_key = keys.node_key(), keys.consent_key()
+    public_pem = node_key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    try:
+        proof = JoinProof(
+            site=client_id,
+            invite_sha256=hashlib.sha256(invite.secret.encode()).hexdigest(),
+            coordinator_key_id=coordinator.key_id,
+            node_public_key=public_pem.decode(),
+            consent_public_key=consent_key.public.text,
+            issued_at=now,
+        )
+    except ValidationError as error:
+        raise InvalidInput(f"CLIENT_ID cannot be a site's name: {explain(error)}.") from error
+    signature = node_key.sign(node_signed_bytes(proof), ec.ECDSA(hashes.SHA384()))
+    return Join(
+        protocol=PROTOCOL,
+        software=__version__,
+        invite_secret=invite.secret,
+        proof=sign(proof, consent_key),
+        node_signature=base64.b64encode(signature).decode(),
+    )
+
+
+def node_signed_bytes(proof: JoinProof) -> bytes:
+    """The bytes under a join that the node key signs: the same that the consent key signs."""
+    return proof.DOMAIN.encode() + b"\0" + canonical_json(proof.body())
+
+
+def _recover(
+    client: GatewayClient, coordinator: CoordinatorAnswer, client_id: str, keys: Keys, now: datetime
+) -> JoinAnswer | None:
+    prove = token_prover(client_id, coordinator.key_id, keys)
+    try:
+        token = TokenAnswer.model_validate(client.post(f"{API}/site-token", prove(now)))
+        client.use_token(token.token)
+        site = SiteAnswer.model_validate(client.get(f"{API}/sites/{client_id}"))
+    except (MedHiveError, ValidationError):
+        return None
+    if not site.fleet_address:
+        return None
+    return JoinAnswer(site=client_id, coordinator=coordinator, fleet_address=site.fleet_address, token=token)
+
+
+def _identity_from(answer: JoinAnswer, addresses: tuple[str, ...]) -> Identity:
+    if abs((answer.coordinator.time - datetime.now(UTC)).days) > 365:
+        raise ClockSkew("This machine's clock is more than a year off the coordinator's; set it, then join again.")
+    return Identity(
+        site=answer.site,
+        addresses=addresses,
+        fleet_address=answer.fleet_address,
+        coordinator_name=answer.coordinator.name,
+        coordinator_key=answer.coordinator.public_key,
+        ca_pem=answer.coordinator.ca_certificate,
+        joined_at=datetime.now(UTC).isoformat(),
+    )
