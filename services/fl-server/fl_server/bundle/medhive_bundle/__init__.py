@@ -1,0 +1,1 @@
+"""Unpacked by Flower into FLWR_HOME and imported from there; holds no logic of its own."""
