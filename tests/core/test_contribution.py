@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from medhive.contribution import (
     NORM_OUTLIER_FACTOR,
-    WINDOW_ELEMENTS,
     ContributionLimits,
     NormTooLarge,
     NotFinite,
@@ -19,7 +18,7 @@ from medhive.contribution import (
     norm_outliers,
 )
 from medhive.errors import InvalidInput
-from medhive.packing import CorruptWeights, Layout, WrongLayout, open_flat, write_flat, write_weights
+from medhive.packing import WINDOW_ELEMENTS, CorruptWeights, Layout, WrongLayout, open_flat, write_flat, write_weights
 
 LAYOUT = Layout.of({"a": (WINDOW_ELEMENTS - 3,), "b": (5, 10)})
 """Crosses the border between two windows."""

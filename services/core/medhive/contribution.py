@@ -15,10 +15,7 @@ from statistics import median
 import numpy as np
 
 from medhive.errors import InvalidInput, MedHiveError
-from medhive.packing import Flat, Layout, WeightsFile
-
-WINDOW_ELEMENTS = 1 << 18
-"""1 MiB of float32 at a time: fits a core's cache, so that several passes over it cost one read."""
+from medhive.packing import Flat, Layout, WeightsFile, squared_norm, windows
 
 NORM_OUTLIER_FACTOR = 30.0
 """An update this many times the median of the others' is refused.
@@ -100,9 +97,8 @@ def check_contribution(
     layout.require(update.layout, whose)
     square, largest = 0.0, 0.0
     for start, block, before in _pairs(update, layout, base):
-        # In double precision no float32 overflows when squared, and the sum needs no care.
         change = block.astype(np.float64) - before
-        part = float(change @ change)
+        part = squared_norm(change)
         if not math.isfinite(part):
             raise _not_finite(layout, start, block, whose)
         square += part
@@ -151,8 +147,8 @@ def _median_of_others(site: str, norms: Mapping[str, float]) -> float:
 def _pairs(update: WeightsFile, layout: Layout, base: Path | Flat) -> Iterator[tuple[int, Flat, Flat]]:
     """Windows of the update beside the same windows of the base."""
     read_base = _reader(layout, base)
-    for start in range(0, layout.size, WINDOW_ELEMENTS):
-        stop = min(start + WINDOW_ELEMENTS, layout.size)
+    for window in windows(layout.size):
+        start, stop = window.start, window.stop
         yield start, update.read(start, stop), read_base(start, stop)
 
 

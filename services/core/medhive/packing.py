@@ -49,7 +49,8 @@ MAX_ELEMENTS = 1 << 34
 """64 GiB of weights: far above any model here, far below what overflows a 64-bit product."""
 METADATA_KEY = "__metadata__"
 DTYPE_NAME = "F32"
-HASH_CHUNK_BYTES = 1 << 20
+WINDOW_ELEMENTS = 1 << 18
+"""1 MiB of float32 at a time: fits a core's cache, so that several passes over it cost one pass over memory."""
 
 
 class CorruptWeights(MedHiveError):
@@ -91,7 +92,7 @@ class Layout:
         names = tuple(sorted(shapes))
         problem = _shapes_problem(names, shapes)
         if problem:
-            raise NotPackable(f"These weights cannot be packed: {problem}.")
+            raise NotPackable(f"This is no layout of weights: {problem}.")
         ordered = tuple(tuple(int(side) for side in shapes[name]) for name in names)
         return cls(names, ordered, _running_offsets(ordered))
 
@@ -322,6 +323,20 @@ def open_flat(path: Path) -> np.memmap[Any, np.dtype[np.float32]]:
     return np.memmap(path, FLOAT32, "r", offset=file.data_start, shape=(file.layout.size,))
 
 
+def windows(size: int, length: int = WINDOW_ELEMENTS) -> Iterator[slice]:
+    """Consecutive pieces that cover `size` elements, the last one shorter."""
+    for start in range(0, size, length):
+        yield slice(start, min(start + length, size))
+
+
+def squared_norm(change: NDArray[np.float64]) -> float:
+    """Sum of squares, in doubles: no float32 overflows there, and a million terms lose nothing that matters.
+
+    Not `change @ change`, whose threads cost fifty times the sum itself when the cores are busy training.
+    """
+    return float(np.einsum("i,i->", change, change))
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, in constant memory. Raises `NotFound`."""
     with _opened(path) as file:
@@ -385,12 +400,12 @@ def _checked_metadata(metadata: object) -> Mapping[str, str]:
 
 
 def _checked_layout(entries: Mapping[str, Any]) -> Layout:
-    names = tuple(sorted(entries))
-    shapes = {name: _checked_shape(name, entries[name]) for name in names}
-    problem = _shapes_problem(names, shapes)
-    if problem:
-        raise CorruptWeights(f"The header describes no usable model: {problem}.")
-    layout = Layout.of(shapes)
+    if len(entries) > MAX_TENSORS:
+        raise CorruptWeights(f"The header describes {len(entries)} tensors, where {MAX_TENSORS} are allowed.")
+    try:
+        layout = Layout.of({name: _checked_shape(name, entry) for name, entry in entries.items()})
+    except NotPackable as error:
+        raise CorruptWeights(f"The header describes no usable model. {error}") from error
     for name, shape, start in zip(layout.names, layout.shapes, layout.offsets, strict=True):
         span = [start * ITEM_BYTES, (start + math.prod(shape)) * ITEM_BYTES]
         if entries[name]["data_offsets"] != span:

@@ -17,7 +17,7 @@ strategies count it; this is the one difference.)
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -29,10 +29,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medhive.errors import InvalidInput, MedHiveError
-from medhive.packing import FLOAT32, ITEM_BYTES, Flat, FlatWriter, Layout, WeightsFile, sha256_file
+from medhive.packing import (
+    FLOAT32,
+    ITEM_BYTES,
+    WINDOW_ELEMENTS,
+    Flat,
+    FlatWriter,
+    Layout,
+    WeightsFile,
+    sha256_file,
+    squared_norm,
+    windows,
+)
 
-WINDOW_ELEMENTS = 1 << 18
-"""1 MiB of float32 at a time: fits a core's cache, so that reading, scaling and adding cost one pass over memory."""
 STACK_BYTES = 64 * 1024 * 1024
 """Strategies that need all updates of an element at once hold at most this much of them."""
 MAX_EXAMPLES = 10**9
@@ -313,7 +322,7 @@ class Strategy(ABC):
             # Contexts end in reverse, so that the result, opened first, takes its name last.
             writers = [stack.enter_context(FlatWriter(out, base.layout, metadata))]
             writers += [stack.enter_context(FlatWriter(target, base.layout)) for target in targets]
-            for window in _windows(base.layout.size, plan.window):
+            for window in windows(base.layout.size, plan.window):
                 old = base.read(window.start, window.stop)
                 before = [_read_or_zeros(file, window) for file in moments]
                 new, after = self._step(_Window(old, plan.reduce(window), before, step))
@@ -635,7 +644,7 @@ def _distances_to_others(members: Sequence[_Member]) -> list[NDArray[np.float64]
     """Squared L2 distances of each member to the others, the own one left out."""
     products = np.zeros((len(members), len(members)))
     # Doubles are twice as wide, hence half the window.
-    for window in _windows(members[0].file.layout.size, max(1, _stack_window(len(members)) // 2)):
+    for window in windows(members[0].file.layout.size, max(1, _stack_window(len(members)) // 2)):
         rows = _stack(members, window).astype(np.float64)
         rows -= rows[0].copy()
         products += rows @ rows.T
@@ -656,11 +665,6 @@ def _stack_window(count: int) -> int:
     return max(1, min(WINDOW_ELEMENTS, STACK_BYTES // (ITEM_BYTES * count)))
 
 
-def _windows(size: int, length: int) -> Iterator[slice]:
-    for start in range(0, size, length):
-        yield slice(start, min(start + length, size))
-
-
 def _matching(layout: Layout, update: Update) -> WeightsFile:
     file = WeightsFile.at(update.path)
     layout.require(file.layout, f"the update of {update.site}")
@@ -674,8 +678,7 @@ def _read_or_zeros(file: WeightsFile | None, window: slice) -> Flat:
 
 
 def _square_of_change(new: Flat, old: Flat) -> float:
-    change = new.astype(np.float64) - old
-    square = float(change @ change)
+    square = squared_norm(new.astype(np.float64) - old)
     _require_finite(math.isfinite(square))
     return square
 
