@@ -11,7 +11,7 @@ which is bit for bit Flower's. Against the exact mean each element is off by at 
 weighted mean of the magnitudes for n updates: far below the noise of one training step, so that a double sum would buy
 nothing. Equal updates give themselves back to the same bound, a single one exactly. An update
 with no examples takes no part in any strategy: a site that trained on nothing has no say. (Flower's unweighted
-strategies count it; this is the one difference.)
+strategies count it; this and the stricter `Krum` are the differences.)
 """
 
 import math
@@ -618,7 +618,8 @@ def sorting_network(size: int) -> list[tuple[int, int]]:
     """Pairs (i, j), i < j, whose comparison and exchange, one after the other, sort any `size` values.
 
     Batcher's merge exchange (Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M). Applied to whole rows it
-    sorts all columns at once at the speed of memory, 6 (40 rows) to 90 (3 rows) times as fast as `numpy.median` along the first axis.
+    sorts all columns at once at the speed of memory: 90 times as fast as `numpy.median` along the first axis for 3 rows,
+    18 times for 8, 6 times for 40.
     """
     pairs = []
     top = 1 << max(size - 1, 0).bit_length()
