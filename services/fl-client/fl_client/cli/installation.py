@@ -1,59 +1,18 @@
-"""What every command of a hospital starts from: its settings, its database, its keys, and the way to the coordinator."""
+"""What every command of a hospital starts from: its settings, the opened site, and the name of who signs."""
 
 import getpass
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
 
-from fl_client.gateway import Gateway
-from fl_client.identity import Identity, Keys, connect
+from fl_client.identity import connect
 from fl_client.settings import PREFIX, Settings
-from fl_client.store import Store
+from fl_client.site import Site
 from medhive.errors import InvalidInput
 from medhive.follow import Source
 from medhive.terminal import Terminal
 
 PERSON: Final = "person"  # the fact that remembers who signed last
-
-
-@dataclass(frozen=True)
-class Installation:
-    """One hospital's installation on this machine."""
-
-    settings: Settings
-    store: Store
-    keys: Keys
-
-    @property
-    def identity(self) -> Identity:
-        """Who this hospital is.
-
-        Raises:
-            NotJoined: it has not joined yet.
-        """
-        return Identity.load(self.store)
-
-    def connect(self) -> Gateway:
-        """A connection to the coordinator in this hospital's name."""
-        return connect(self.identity, self.keys, self.store, self.settings.extra_ca_file)
-
-    def open_source(self) -> Source:
-        """A connection of its own for a follower's event stream."""
-        return self.connect()
-
-    def person(self, terminal: Terminal, given: str | None) -> str:
-        """The name that stands under a signature: the one given, or the one that the person confirms.
-
-        The last one is proposed, then the machine's user; without a terminal a name must be given or known.
-        """
-        known = self.store.fact(PERSON)
-        proposed = known or (getpass.getuser() if terminal.interactive else None)
-        name = terminal.ask(given, "Your name, for the signature", "--person", proposed).strip()
-        if name != known:
-            self.store.set_fact(PERSON, name)
-        return name
 
 
 def load_settings(**given: Any) -> Settings:
@@ -71,16 +30,40 @@ def load_settings(**given: Any) -> Settings:
         raise InvalidInput(f"{variable}: {first['msg'].removeprefix('Value error, ')}.") from error
 
 
-def open_installation(settings: Settings | None = None) -> Installation:
-    """Open the state folder.
+def open_site() -> Site:
+    """Open the state folder of this hospital.
 
     Raises:
-        InvalidInput: it cannot be made or written.
+        NotJoined: it has not joined yet.
+        InvalidInput: the folder cannot be used.
     """
-    settings = settings or load_settings()
-    folder: Path = settings.state_dir
+    settings = load_settings()
     try:
-        store = Store(folder / "site.db")
+        return Site.open(settings)
     except OSError as error:
-        raise InvalidInput(f"Cannot use the state folder {folder} ({error.strerror}); set STATE_DIR.") from error
-    return Installation(settings, store, Keys(folder / "keys"))
+        raise unusable(settings, error) from error
+
+
+def unusable(settings: Settings, error: OSError) -> InvalidInput:
+    """Say what is wrong with a state folder."""
+    return InvalidInput(f"Cannot use the state folder {settings.state_dir} ({error.strerror}); set STATE_DIR.")
+
+
+def open_source(site: Site) -> Source:
+    """A connection of its own for a follower's event stream."""
+    return connect(site.identity, site.keys, site.store, site.settings.extra_ca_file)
+
+
+def signing_person(terminal: Terminal, site: Site, given: str | None) -> str:
+    """The name that stands under a signature: the one given, or the one that the person confirms.
+
+    The last one is proposed, at first the machine's user. Without a terminal a name must be given or known.
+    """
+    known = site.store.fact(PERSON)
+    proposed = known or (getpass.getuser() if terminal.interactive else None)
+    name = terminal.ask(given, "Your name, for the signature", "--person", proposed).strip()
+    if not name:
+        raise InvalidInput("A signature needs a person's name.")
+    if name != known:
+        site.store.set_fact(PERSON, name)
+    return name

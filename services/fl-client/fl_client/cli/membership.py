@@ -5,16 +5,16 @@ from typing import Any
 
 import click
 
-from fl_client.cli.installation import Installation, load_settings, open_installation
-from fl_client.gateway import Gateway
+from fl_client.cli.installation import load_settings, open_site, unusable
+from fl_client.consents import open_runs
 from fl_client.identity import Identity, JoinOutcome, NotJoined
-from fl_client.identity import join as join_coordinator
 from fl_client.limits import Limits
+from fl_client.settings import Settings
+from fl_client.site import Site, join_site, open_state
 from fl_client.store import StudySettings
-from medhive.errors import InvalidInput, MedHiveError, Unreachable
-from medhive.states import FINAL_RUN_STATES, ConsentState, RunState
+from medhive.errors import InvalidInput, Unreachable
+from medhive.states import FINAL_RUN_STATES
 from medhive.terminal import Command, Terminal, pairs, pass_terminal, plain, read_secret
-from medhive.wire import RunAnswer
 
 
 @click.command(cls=Command)
@@ -30,8 +30,7 @@ def join(terminal: Terminal, server_address: str | None, client_id: str | None, 
     Run again with the same STATE_DIR, it continues as the same hospital.
     """
     settings = load_settings(server_address=server_address, client_id=client_id)
-    installation = open_installation(settings)
-    outcome = join_with(terminal, installation, read_secret(token_file) if token_file else None)
+    outcome = join_with(terminal, settings, read_secret(token_file) if token_file else None)
     identity = outcome.identity
     value = {
         "site": identity.site,
@@ -43,32 +42,26 @@ def join(terminal: Terminal, server_address: str | None, client_id: str | None, 
     terminal.result(value, lambda: _show_join(terminal, outcome))
 
 
-def join_with(terminal: Terminal, installation: Installation, token: str | None = None) -> JoinOutcome:
+def join_with(terminal: Terminal, settings: Settings, token: str | None = None) -> JoinOutcome:
     """Join with what the environment gives; ask for the rest; continue where this state folder has joined already."""
-    settings = installation.settings
-    known = _known(installation)
-    if known is None:
-        address = terminal.ask(settings.server_address or None, "Address of the coordinator", "SERVER_ADDRESS")
-        addresses = load_settings(server_address=address).addresses
-        name = terminal.ask(settings.client_id or None, "Name of this hospital", "CLIENT_ID")
-        token = token or settings.read_join_token() or terminal.ask_secret(None, "JOIN_TOKEN", "JOIN_TOKEN")
-    else:
-        addresses, name, token = known.addresses, settings.client_id, ""
-    return join_coordinator(
-        addresses,
-        token,
-        name,
-        keys=installation.keys,
-        store=installation.store,
-        extra_ca_file=settings.extra_ca_file,
-    )
+    known = known_identity(settings)
+    if known is not None:
+        return join_site(settings, "", settings.client_id)
+    address = terminal.ask(settings.server_address or None, "Address of the coordinator", "SERVER_ADDRESS")
+    name = terminal.ask(settings.client_id or None, "Name of this hospital", "CLIENT_ID")
+    token = token or settings.read_join_token() or terminal.ask_secret(None, "JOIN_TOKEN", "JOIN_TOKEN")
+    return join_site(load_settings(server_address=address), token, name)
 
 
-def _known(installation: Installation) -> Identity | None:
+def known_identity(settings: Settings) -> Identity | None:
+    """Who the state folder belongs to, or None before the first join."""
     try:
-        return installation.identity
+        store, _ = open_state(settings)
+        return Identity.load(store)
     except NotJoined:
         return None
+    except OSError as error:
+        raise unusable(settings, error) from error
 
 
 def _show_join(terminal: Terminal, outcome: JoinOutcome) -> None:
@@ -83,54 +76,46 @@ def _show_join(terminal: Terminal, outcome: JoinOutcome) -> None:
 @pass_terminal
 def status(terminal: Terminal) -> None:
     """Who this hospital is, what waits for a person, what goes on; works without the coordinator too."""
-    installation = open_installation()
-    identity = installation.identity
-    value: dict[str, Any] = {
-        "site": identity.site,
-        "coordinator": identity.coordinator_name,
-        "address": identity.addresses[0],
-        "limits": plain(vars(Limits.load(installation.store))),
-        "champions": champions(installation),
-        "undecided": undecided(installation),
-        "unsent": len(installation.store.outbox()),
-    }
-    try:
-        with installation.connect() as gateway:
-            value |= _remote_status(gateway, identity.site)
-    except Unreachable as error:
-        value |= {"connected": False, "problem": str(error)}
+    with open_site() as site:
+        value: dict[str, Any] = {
+            "site": site.name,
+            "coordinator": site.identity.coordinator_name,
+            "address": site.identity.addresses[0],
+            "limits": plain(vars(site.limits())),
+            "champions": champions(site),
+            "undecided": undecided(site),
+            "unsent": len(site.store.outbox()),
+        }
+        try:
+            value |= _remote_status(site)
+        except Unreachable as error:
+            value |= {"connected": False, "problem": str(error)}
     terminal.result(value, lambda: _show_status(terminal, value))
 
 
-def champions(installation: Installation) -> dict[str, int]:
+def champions(site: Site) -> dict[str, int]:
     """Study → the version in use here."""
-    studies = {item.study for item in installation.store.versions()}
-    found = {study: installation.store.champion(study) for study in sorted(studies)}
+    studies = {item.study for item in site.store.versions()}
+    found = {study: site.store.champion(study) for study in sorted(studies)}
     return {study: version for study, version in found.items() if version is not None}
 
 
-def undecided(installation: Installation) -> list[str]:
+def undecided(site: Site) -> list[str]:
     """Versions that wait for this hospital's decision, as STUDY/n."""
-    return [f"{item.study}/{item.version}" for item in installation.store.versions() if item.decision == "pending"]
+    return [f"{item.study}/{item.version}" for item in site.store.versions() if item.decision == "pending"]
 
 
-def _remote_status(gateway: Gateway, site: str) -> dict[str, Any]:
-    own = gateway.site(site)
-    runs = [run for run in gateway.runs() if run.state not in FINAL_RUN_STATES]
+def _remote_status(site: Site) -> dict[str, Any]:
+    own = site.gateway.site(site.name)
+    runs = [run for run in site.gateway.runs() if run.state not in FINAL_RUN_STATES]
     return {
         "connected": True,
         "state": str(own.state),
         "node_online": own.node_online,
         "studies": list(own.studies),
-        "waiting_for_consent": [run.id for run in runs if needs_answer(run, site)],
+        "waiting_for_consent": [item.run.id for item in open_runs(site)],
         "runs": [{"run": run.id, "state": str(run.state), "round": run.round, "rounds": run.rounds} for run in runs],
     }
-
-
-def needs_answer(run: RunAnswer, site: str) -> bool:
-    """Whether a run waits for this hospital's consent."""
-    answered = any(item.site == site and item.state is not ConsentState.PENDING for item in run.consents)
-    return run.state is RunState.CONSENTING and not answered
 
 
 def _show_status(terminal: Terminal, value: dict[str, Any]) -> None:
@@ -178,17 +163,18 @@ def _node_line(value: dict[str, Any]) -> str:
 @pass_terminal
 def settings(terminal: Terminal, /, **given: Any) -> None:
     """Show what this hospital sets for itself, or change what is given; nothing of it is sent."""
-    installation = open_installation()
-    limits = _changed_limits(Limits.load(installation.store), given)
-    if limits != Limits.load(installation.store):
-        limits.save(installation.store)
     study_given = any(given[name] for name in ("data_dir", "classes", "groups_csv", "weights_file"))
     if study_given and not given["study"]:
         raise click.UsageError("--data-dir, --class, --groups-csv and --weights-file need --study.")
-    studies = [given["study"]] if given["study"] else known_studies(installation)
-    if study_given:
-        installation.store.set_study(_changed_study(installation.store.study(given["study"]), given))
-    found = [installation.store.study(name) for name in studies]
+    with open_site() as site:
+        old = site.limits()
+        limits = _changed_limits(old, given)
+        if limits != old:
+            limits.save(site.store)
+        if study_given:
+            site.store.set_study(_changed_study(site.store.study(given["study"]), given))
+        names = [given["study"]] if given["study"] else known_studies(site)
+        found = [site.store.study(name) for name in names]
     value = {"limits": vars(limits), "studies": [_study_value(item) for item in found]}
     terminal.result(value, lambda: _show_settings(terminal, limits, found))
 
@@ -226,13 +212,12 @@ def _changed_study(old: StudySettings, given: dict[str, Any]) -> StudySettings:
     )
 
 
-def known_studies(installation: Installation) -> list[str]:
+def known_studies(site: Site) -> list[str]:
     """The studies that this hospital belongs to, or, without the coordinator, those whose models lie here."""
     try:
-        with installation.connect() as gateway:
-            return [study.name for study in gateway.studies()]
-    except MedHiveError:
-        return sorted({item.study for item in installation.store.versions()})
+        return [study.name for study in site.gateway.studies()]
+    except Unreachable:
+        return sorted({item.study for item in site.store.versions()})
 
 
 def _study_value(item: StudySettings) -> dict[str, Any]:
