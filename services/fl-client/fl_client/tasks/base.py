@@ -15,16 +15,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+import numpy as np
+import numpy.typing as npt
+
 from fl_client.tasks.errors import UnknownTask
 from medhive.spec import StudyData
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from fl_client.tasks.evaluation import Evaluation
 
-    Weights = Mapping[str, npt.NDArray[np.float32]]
+FloatArray = npt.NDArray[np.float32]
+Weights = Mapping[str, FloatArray]
 
 Part = Literal["train", "validation", "heldout"]
 PARTS: tuple[Part, ...] = ("train", "validation", "heldout")
@@ -143,7 +144,7 @@ class EpochProgress:
 class TrainResult:
     """What a round of local training made: new weights, on how many examples, metrics, and the optimiser's state."""
 
-    weights: dict[str, "npt.NDArray[np.float32]"]
+    weights: dict[str, FloatArray]
     examples: int
     metrics: dict[str, float]
     optimiser_state: bytes | None
@@ -173,16 +174,16 @@ class Workspace(Protocol):
     def report(self) -> DataReport:
         """What was found while reading."""
 
-    def initial_weights(self, seed: int) -> dict[str, "npt.NDArray[np.float32]"]:
+    def initial_weights(self, seed: int) -> dict[str, FloatArray]:
         """The study's seeded first weights: the same seed gives the same bits at every site."""
 
-    def statistics(self) -> dict[str, "npt.NDArray[np.float64]"] | None:
+    def statistics(self) -> dict[str, npt.NDArray[np.float64]] | None:
         """Sums over the training part that sites may pool before the first round; None where the task needs none."""
 
-    def use_statistics(self, pooled: Mapping[str, "npt.NDArray[np.float64]"]) -> None:
+    def use_statistics(self, pooled: Mapping[str, npt.NDArray[np.float64]]) -> None:
         """Take the sums of all sites, added up; replaces those that came with the weights."""
 
-    def train(self, weights: "Weights", plan: RoundPlan) -> Training:
+    def train(self, weights: Weights, plan: RoundPlan) -> Training:
         """Train from `weights` as `plan` says.
 
         Raises:
@@ -191,7 +192,7 @@ class Workspace(Protocol):
             TrainingDiverged: the loss is not finite.
         """
 
-    def evaluate(self, weights: "Weights", part: Part) -> "Evaluation":
+    def evaluate(self, weights: Weights, part: Part) -> "Evaluation":
         """Judge `weights` on one part of the data.
 
         Raises:
@@ -199,7 +200,7 @@ class Workspace(Protocol):
             NotEnoughExamples: the part is empty.
         """
 
-    def predict(self, weights: "Weights", paths: Sequence[Path]) -> list[Prediction | Skipped]:
+    def predict(self, weights: Weights, paths: Sequence[Path]) -> list[Prediction | Skipped]:
         """Class probabilities of files; unreadable ones come back as `Skipped`, in the order of `paths`."""
 
 

@@ -29,6 +29,7 @@ from torch.nn import functional
 from fl_client.tasks.base import (
     DataReport,
     EpochProgress,
+    FloatArray,
     LocalOptions,
     OnProgress,
     Part,
@@ -68,8 +69,6 @@ MAX_SHIFT = 0.07  # of half the image's width
 MAX_CONTRAST = 0.2
 MAX_BRIGHTNESS = 0.05
 RANDOM_NUMBERS = 7  # per image
-
-FloatArray = npt.NDArray[np.float32]
 
 
 def open_workspace(

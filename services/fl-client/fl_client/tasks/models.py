@@ -9,18 +9,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fl_client.tasks.base import FloatArray
 from fl_client.tasks.errors import UnknownModel, WrongArchitecture
 
 MODELS = ("resnet-gn", "densenet121", "efficientnet-b0")
 GROUPS = 8  # channels are multiples of it in every stage
 WIDTHS = (32, 48, 64, 96)  # 0.38 M parameters; an epoch of 5,501 images of 96 × 96 takes 13 s on two cores
 NAMED_DIFFERENCES = 3  # as many as a person reads
-
-FloatArray = npt.NDArray[np.float32]
 
 
 class _Residual(nn.Module):
@@ -54,7 +52,8 @@ class _Halve(nn.Sequential):
 class ResNetGN(nn.Module):
     """The default: (n, channels, h, w) → (n, classes) logits; h and w at least 32.
 
-    Most of the work is done at an eighth of the image's resolution or below, which keeps an epoch cheap without a GPU.
+    The head sees each channel's mean and its maximum, since a small lesion hardly moves the mean. Most of the work is done
+    at a quarter of the image's resolution or below, which keeps an epoch cheap without a GPU.
     """
 
     def __init__(self, channels: int, classes: int, widths: tuple[int, ...] = WIDTHS) -> None:
@@ -62,7 +61,7 @@ class ResNetGN(nn.Module):
         self.stem = nn.Conv2d(channels, widths[0], 5, stride=2, padding=2, bias=False)
         self.stages = nn.Sequential(*[nn.Sequential(_Halve(a, b), _Residual(b)) for a, b in pairwise(widths)])
         self.norm = nn.GroupNorm(GROUPS, widths[-1])
-        self.head = nn.Linear(widths[-1], classes)
+        self.head = nn.Linear(2 * widths[-1], classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -72,7 +71,8 @@ class ResNetGN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = torch.relu(self.norm(self.stages(self.stem(x))))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
+        logits: Tensor = self.head(pooled)
         return logits
 
 

@@ -1,0 +1,45 @@
+"""`check-data`: what a hospital looks at before anything is sent, and again when it consents."""
+
+from pathlib import Path
+
+from fl_client.tasks.base import DataReport, LocalOptions, OnProgress, load_task
+from fl_client.tasks.errors import DataFolderMissing
+from medhive.spec import StudyData
+
+
+def check_data(
+    task: str,
+    path: Path,
+    study: StudyData,
+    secret: bytes,
+    *,
+    on_progress: OnProgress | None = None,
+    local: LocalOptions | None = None,
+) -> DataReport:
+    """Read every example once, and report counts, skipped files, duplicates, parts and the keyed fingerprint.
+
+    Nothing is written and nothing leaves the machine. `DataReport.counts_by_reason()` is what a consent may carry.
+
+    Raises:
+        UnknownTask: the task is not installed.
+        MedHiveError: the data as a whole do not fit the study, by cause (`fl_client.tasks.errors`).
+    """
+    if not path.exists():
+        raise DataFolderMissing(f"There is nothing at {path}; give the study's data folder or file.", folder=str(path))
+    return load_task(task).check(path, study, secret, on_progress=on_progress, local=local or LocalOptions())
+
+
+def study_of_folder(path: Path) -> StudyData:
+    """A stand-in study for `check-data` before any study exists: the folder's own class folders are its classes.
+
+    Raises:
+        DataFolderMissing: there are not two folders.
+    """
+    folders = (
+        sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
+    )
+    if len(folders) < 2:
+        raise DataFolderMissing(
+            f"{path} holds {len(folders)} class folders; at least two are needed, one per class.", folder=str(path)
+        )
+    return StudyData(classes=tuple(folders))
