@@ -1,0 +1,119 @@
+"""What is told of a round: figures for the gateway, one line for people. Pure functions of what was collected."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from fl_server.cohort import NO_CONSENT
+from fl_server.collect import Answer, Collected
+from fl_server.pooling import Scores, pooled_confusion, pooled_metrics
+from medhive.states import RoundState
+from medhive.wire import RoundReport, RunEnd, SiteRound
+
+NOT_ADDRESSED = "not addressed: "
+"""Begins the reason of a site that consented but could not be asked, which tells it from one that did not answer."""
+UPDATE_NORM = "update_norm"
+"""L2 norm of a site's change, a figure of this service beside the site's own metrics."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When a round began and ended on the wall, and how long it took."""
+
+    opened_at: datetime
+    closed_at: datetime
+    seconds: float
+
+
+def site_rounds(collected: Collected, left_out: Mapping[str, str], classes: Sequence[str]) -> tuple[SiteRound, ...]:
+    """Each site's part, in the order of names: counted, dropped, or consenting and yet not to be asked.
+
+    A site without a consent (declined, withdrawn) has no part; the run's consents tell of it.
+    """
+    rows = {site: _answered(site, answer, classes) for site, answer in collected.answers.items()}
+    rows |= {site: SiteRound(site=site, dropped=reason) for site, reason in collected.dropped.items()}
+    for site, reason in left_out.items():
+        if reason in NO_CONSENT.values():
+            continue
+        rows.setdefault(site, SiteRound(site=site, dropped=NOT_ADDRESSED + reason))
+    return tuple(rows[site] for site in sorted(rows))
+
+
+def _answered(site: str, answer: Answer, classes: Sequence[str]) -> SiteRound:
+    scores = Scores.of(answer.body, classes)
+    norm = {UPDATE_NORM: answer.norm} if answer.path else {}
+    return SiteRound(
+        site=site,
+        answered=True,
+        examples=answer.body.examples,
+        metrics={**scores.metrics, **norm},
+        confusion=scores.confusion,
+        training_s=answer.body.training_s,
+        bytes_up=answer.path.stat().st_size if answer.path else 0,
+    )
+
+
+def round_report(
+    state: RoundState,
+    timing: Timing,
+    sites: tuple[SiteRound, ...],
+    scores: Sequence[Scores],
+    classes: Sequence[str],
+    *,
+    base_size_bytes: int = 0,
+    digest: str | None = None,
+) -> RoundReport:
+    """The figures of a round.
+
+    Args:
+        state: closed or failed.
+        timing: of the whole round, from the first question to the stored result.
+        sites: from `site_rounds`.
+        scores: of the sites that counted.
+        classes: of the study.
+        base_size_bytes: what each site that answered had to fetch.
+        digest: of the new global weights.
+    """
+    answered = [site for site in sites if site.answered]
+    slowest = max((site.training_s for site in answered), default=0.0)
+    return RoundReport(
+        fence=0,
+        state=state,
+        opened_at=timing.opened_at,
+        closed_at=timing.closed_at,
+        seconds=timing.seconds,
+        overhead_s=max(0.0, timing.seconds - slowest),
+        bytes_down=base_size_bytes * len(answered),
+        bytes_up=sum(site.bytes_up for site in answered),
+        metrics=pooled_metrics(scores, classes),
+        sites=sites,
+        weights_digest=digest,
+    )
+
+
+def scores_of(collected: Collected, classes: Sequence[str]) -> list[Scores]:
+    """The believable numbers of every answer, in the order of names."""
+    return [Scores.of(answer.body, classes) for answer in collected.answers.values()]
+
+
+def confusion_of(scores: Sequence[Scores]) -> list[list[int]]:
+    """The matrices added up."""
+    return pooled_confusion([score.confusion for score in scores])
+
+
+def round_line(number: int, rounds: int, report: RoundReport) -> str:
+    """`round 2/10: 3 of 3 sites answered, val_accuracy 0.91, 12.3 s`, and who was dropped why."""
+    answered = sum(site.answered for site in report.sites)
+    parts = [f"round {number}/{rounds}: {answered} of {len(report.sites)} sites answered"]
+    parts += [f"{name} {report.metrics[name]:.4g}" for name in ("val_accuracy", "train_loss") if name in report.metrics]
+    parts.append(f"{report.seconds:.1f} s")
+    parts += [f"{site.site} dropped ({site.dropped})" for site in report.sites if site.dropped]
+    return ", ".join(parts)
+
+
+def end_line(run_id: str, end: RunEnd) -> str:
+    """How a run ended, in one line."""
+    if end.state != "completed":
+        return f"{run_id} {end.state}: {end.reason}"
+    accuracy = end.metrics.get("val_accuracy")
+    return f"{run_id} completed" + ("" if accuracy is None else f", val_accuracy {accuracy:.4g}")
