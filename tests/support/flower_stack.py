@@ -181,7 +181,7 @@ def answering(connection: FleetConnection) -> Iterator[None]:
     """Answer every message with its own content, in a thread, until the block ends."""
 
     def serve() -> None:
-        while not done.wait(0.05):
+        while not done.wait(0.1):
             if (inbound := connection.receive()) is not None:
                 connection.reply(inbound, b"echo " + inbound.payload)
 
