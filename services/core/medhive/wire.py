@@ -312,6 +312,10 @@ class RunAnswer(Answer):
     version: int | None = None
     mlflow_run_id: str | None = None
     updated_at: AwareDatetime
+    # What the sites said of the final weights, each on its own validation part; empty until the run has ended.
+    metrics: dict[str, float] = Field(default_factory=dict)
+    confusion: list[list[int]] = Field(default_factory=list)
+    sites: tuple[SiteRound, ...] = ()
     consents: tuple[ConsentAnswer, ...] = ()
     activity: tuple[ActivityAnswer, ...] = ()
 
