@@ -1,0 +1,348 @@
+"""`make demo`: the main job on one machine, from the request for training to each hospital using the accepted model.
+
+It types the commands that people at a coordinator and at hospitals type, shows each of them with what it prints, and stops
+at the first that fails. Without `--data` it makes labelled phantoms; with it, one folder per class is split over the
+hospitals.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from stack import Program, Stack, StackError
+
+from fl_client.tasks.phantoms import make_phantoms
+from medhive.errors import MedHiveError
+
+STUDY: Final = "brain-mri"
+PEOPLE: Final = ("Dr. Adler", "Dr. Berg", "Dr. Costa", "Dr. Dahl", "Dr. Evers", "Dr. Falk", "Dr. Gray", "Dr. Holm")
+# Enough phantoms for the default model to learn from, few enough that the demo ends within three minutes on two cores.
+PHANTOMS_PER_CLASS: Final = 180
+PHANTOM_TEST_PER_CLASS: Final = 30
+PHANTOM_EPOCHS: Final = 3
+PHANTOM_SEED: Final = 42
+# Of the user's own data, when no test folder is given: one part in seven is kept from the hospitals and judged at the end.
+SHARES: Final = "6,1"
+RUN_DEADLINE_S: Final = 4 * 3600.0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="one folder per class; split over the sites")
+    parser.add_argument("--test", type=Path, help="one folder per class; judged at the end")
+    parser.add_argument("--sites", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--report", type=Path, help="write the figures here, as JSON")
+    parser.add_argument("--keep", action="store_true", help="leave everything running and print the addresses")
+    arguments = parser.parse_args()
+    if not 2 <= arguments.sites <= len(PEOPLE):
+        parser.error(f"SITES must be 2 to {len(PEOPLE)}")
+    for folder in (arguments.data, arguments.test):
+        if folder is not None and not folder.is_dir():
+            parser.error(f"{folder} is no folder")
+    return arguments
+
+
+def say(text: str = "") -> None:
+    """Print a line at once."""
+    print(text, flush=True)  # noqa: T201
+
+
+def title(text: str) -> None:
+    """Print a step's heading with the time."""
+    say()
+    say(f"── {datetime.now(UTC).astimezone():%H:%M:%S}  {text} " + "─" * max(0, 70 - len(text)))
+
+
+class Demo:
+    """The main job, step by step."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.arguments = arguments
+        self.folder = folder
+        self.stack = Stack(folder, show=say)
+        self.sites = [f"hospital-{chr(ord('a') + index)}" for index in range(arguments.sites)]
+        self.people = dict(zip(self.sites, PEOPLE, strict=False))
+        self.test_folder: Path | None = arguments.test
+        self.started = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """All steps; returns the report."""
+        classes = self.prepare_data()
+        self.start_coordinator(classes)
+        self.bring_in_hospitals()
+        run_id = self.request_and_approve()
+        self.consent(run_id)
+        run = self.follow(run_id)
+        self.decide(run["version"])
+        test = self.judge(classes)
+        return self.report(run, test)
+
+    def at(self, site: str, *words: str) -> str:
+        """A hospital's command, shown with what it printed."""
+        return shown(self.stack.site(site, *words))
+
+    def admin(self, *words: str) -> str:
+        """A coordinator's command, shown with what it printed."""
+        return shown(self.stack.admin(*words))
+
+    # ---- steps
+
+    def prepare_data(self) -> list[str]:
+        """Split one dataset over the hospitals; returns the classes."""
+        title("Data: one dataset, split over the hospitals")
+        source = self.arguments.data
+        if source is None:
+            source = make_phantoms(self.folder / "phantoms", PHANTOMS_PER_CLASS, PHANTOM_SEED)
+            say(f"Made {PHANTOMS_PER_CLASS} phantoms per class (no medical data) in {source}")
+            if self.test_folder is None:
+                self.test_folder = make_phantoms(self.folder / "unseen", PHANTOM_TEST_PER_CLASS, PHANTOM_SEED + 1)
+        elif self.test_folder is None:
+            source, self.test_folder = self._keep_unseen(source)
+        self._split(source, len(self.sites), None, self.folder / "split")
+        for index, site in enumerate(self.sites):
+            home = self.stack.site_folder(site)
+            home.mkdir(parents=True)
+            _numbered(self.folder / "split", index).rename(home / "data")
+        return sorted(path.name for path in source.iterdir() if path.is_dir())
+
+    def _keep_unseen(self, source: Path) -> tuple[Path, Path]:
+        out = self.folder / "unseen-split"
+        self._split(source, 2, SHARES, out)
+        return _numbered(out, 0), _numbered(out, 1)
+
+    def _split(self, source: Path, sites: int, shares: str | None, out: Path) -> None:
+        share = ["--shares", shares] if shares else ["--sites", str(sites)]
+        argv = ["medhive-site", "split", str(source), "--out", str(out), *share, "--seed", "42"]
+        shown(self.stack.run(argv, self.stack.site_env(self.sites[0])))
+
+    def start_coordinator(self, classes: Sequence[str]) -> None:
+        """Start the services and make the study."""
+        title("Coordinator: gateway, MLflow, aggregator")
+        password = self.stack.start()
+        if password is None:
+            raise StackError("the gateway did not print the first admin's password")
+        say(f"gateway {self.stack.url}, MLflow {self.stack.mlflow_url}, logs in {self.folder / 'logs'}")
+        self.stack.login(password)
+        epochs = ["--default", f"local_epochs={PHANTOM_EPOCHS}"] if self.arguments.data is None else []
+        self.admin("studies", "create", STUDY, "--task", "image-folder", "--classes", ",".join(classes), *epochs)
+
+    def bring_in_hospitals(self) -> None:
+        """Invite, join, check the data, stay connected."""
+        title("Hospitals: join with a one-time invite, check the data, stay connected")
+        for site in self.sites:
+            self.stack.join(site, STUDY)
+            self.at(site, "check-data", "--study", STUDY)
+            self.stack.start_site(site)
+        for site in self.sites:
+            self.stack.programs[site].wait_for(r"[Cc]onnected")
+        self.admin("sites")
+
+    def request_and_approve(self) -> str:
+        """One hospital asks, the coordinator approves; returns the run's id."""
+        asking = self.sites[0]
+        title(f"Request: {asking} asks for {self.arguments.rounds} rounds")
+        words = ["request", STUDY, "--rounds", str(self.arguments.rounds), "--person", self.people[asking]]
+        sent = self.stack.site_json(asking, *words, "--min-sites", str(len(self.sites)))
+        self.admin("requests")
+        title("Approval")
+        self.admin("approve", sent["id"])
+        return str(self.stack.admin_json("show", sent["id"])["run_id"])
+
+    def consent(self, run_id: str) -> None:
+        """Every other hospital signs; the asking one's node does so by itself."""
+        title("Consent: each hospital signs with its own key")
+        for site in self.sites[1:]:
+            self.at(site, "consent", run_id, "--person", self.people[site], "--yes")
+
+    def follow(self, run_id: str) -> dict[str, Any]:
+        """Watch the run to its end."""
+        title("Training")
+        argv = ["medhive-admin", "watch", run_id]
+        say("$ " + " ".join(argv))
+        done = subprocess.run(argv, env=self.stack.admin_env(), timeout=RUN_DEADLINE_S, check=False)
+        run: dict[str, Any] = self.stack.admin_json("show", run_id)
+        if done.returncode or run["state"] != "completed":
+            raise StackError(f"{run_id} is {run['state']}: {run['reason']}")
+        self.admin("show", run_id)
+        return run
+
+    def decide(self, version: int) -> None:
+        """Each hospital looks at the new version on its own held-out data, and accepts it."""
+        title(f"Decision: each hospital judges version {version} on its own held-out data")
+        for site in self.sites:
+            self.stack.programs[site].wait_for(rf"_FinalGlobal_v{version}\.safetensors")
+            self.at(site, "updates", "--evaluate", "--study", STUDY)
+            self.at(
+                site, "accept", str(version), "--study", STUDY, "--person", self.people[site],
+                "--reason", "as good as expected on our own data",
+            )  # fmt: skip
+        self.admin("models", STUDY)
+
+    def judge(self, classes: Sequence[str]) -> dict[str, Any] | None:
+        """Let the first hospital's version in use classify images that no hospital has seen."""
+        if self.test_folder is None:
+            return None
+        site = self.sites[0]
+        title(f"Use: {site} classifies unseen images with the version it accepted")
+        found = self.stack.site_json(site, "predict", str(self.test_folder), "--study", STUDY)
+        test = scores(found, classes)
+        say(f"accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} over {test['examples']} unseen images")
+        for name, recall in test["per_class_recall"].items():
+            say(f"  recall {name}: {recall:.4f}")
+        return test
+
+    def report(self, run: Mapping[str, Any], test: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The figures of the whole job."""
+        rounds = [item for item in run["rounds_done"] if item["number"] > 0]
+        before = {item["site"]: item for item in rounds[0]["sites"]}
+        after = {item["site"]: item for item in run["sites"]}
+        return {
+            "study": run["study"],
+            "sites": [
+                {
+                    "name": site,
+                    "examples": before[site]["examples"],
+                    "validation_accuracy_before": before[site]["metrics"].get("val_accuracy"),
+                    "validation_accuracy_after": after.get(site, {}).get("metrics", {}).get("val_accuracy"),
+                }
+                for site in self.sites
+            ],
+            "rounds": [
+                {
+                    "number": item["number"],
+                    "seconds": item["seconds"],
+                    "overhead_seconds": item["overhead_s"],
+                    "bytes_down": item["bytes_down"],
+                    "bytes_up": item["bytes_up"],
+                    "metrics": item["metrics"],
+                }
+                for item in rounds
+            ],
+            "test": dict(test) if test else None,
+            "model_version": run["version"],
+            "mlflow_run_id": self._mlflow_run_id(run["id"]),
+            "spec_hash": run["spec_hash"],
+            "wall_seconds": round(time.monotonic() - self.started, 1),
+        }
+
+    def _mlflow_run_id(self, run_id: str) -> str | None:
+        """MLflow gets its copy a moment after the run's end; waited for, since the demo's MLflow ends with the demo."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            found = self.stack.admin_json("show", run_id)["mlflow_run_id"]
+            if found:
+                return str(found)
+            time.sleep(0.5)
+        return None
+
+
+def shown(text: str) -> str:
+    """Print a command's output, indented."""
+    for line in text.rstrip().splitlines():
+        say(f"  {line}")
+    return text
+
+
+def _numbered(folder: Path, index: int) -> Path:
+    return sorted(path for path in folder.iterdir() if path.is_dir())[index]
+
+
+def scores(predictions: Any, classes: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, macro F1 and recall per class; the true class is the name of the folder an image lies in."""
+    pairs = [(Path(item["path"]).parent.name, item["class"]) for item in predictions]
+    pairs = [(truth, guess) for truth, guess in pairs if truth in classes]
+    if not pairs:
+        raise StackError("the test folder holds no image in a folder named after a class")
+    recall: dict[str, float] = {}
+    f1: list[float] = []
+    for name in classes:
+        hits = sum(truth == guess == name for truth, guess in pairs)
+        actual = sum(truth == name for truth, _ in pairs)
+        guessed = sum(guess == name for _, guess in pairs)
+        if actual:
+            recall[name] = hits / actual
+            f1.append(2 * hits / (actual + guessed))
+    accuracy = sum(truth == guess for truth, guess in pairs) / len(pairs)
+    return {"accuracy": accuracy, "macro_f1": sum(f1) / len(f1), "per_class_recall": recall, "examples": len(pairs)}
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that Ctrl-C and `kill` both end every process that was started."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def new_folder() -> Path:
+    """A fresh folder below `demo-out/`; nothing of an earlier demo is touched."""
+    folder = Path("demo-out") / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
+    folder.mkdir(parents=True)
+    return folder.resolve()
+
+
+def keep_running(stack: Stack) -> None:
+    """Say where everything is, and wait for Ctrl-C."""
+    title("Left running")
+    say(f"gateway  {stack.url} (CA: {stack.ca_file})")
+    say(f"MLflow   {stack.mlflow_url}")
+    say(f"medhive-admin: export MEDHIVE_ADMIN_CONFIG={stack.admin_env()['MEDHIVE_ADMIN_CONFIG']}")
+    for name, program in stack.programs.items():
+        say(f"{name}: process {program.pid}, log {program.log}")
+    say("Ctrl-C ends it.")
+    signal.pause()
+
+
+def explain_failure(stack: Stack, error: Exception) -> None:
+    """Print why, and the end of each program's log."""
+    say()
+    say(f"error: {error}")
+    for program in stack.programs.values():
+        say(f"---- end of {program.log}")
+        say(_last(program))
+
+
+def _last(program: Program) -> str:
+    return program.tail(12) or "(nothing)"
+
+
+def main() -> int:
+    """Run the demo; exit code 0 only when every step worked."""
+    arguments = parse_arguments()
+    demo = Demo(arguments, new_folder())
+    with ended_by_signals(), demo.stack as stack:
+        try:
+            report = demo.run()
+            if arguments.report:
+                arguments.report.parent.mkdir(parents=True, exist_ok=True)
+                arguments.report.write_text(json.dumps(report, indent=2) + "\n")
+            title(f"Done in {report['wall_seconds']:.0f} s: {STUDY} version {report['model_version']} is in use")
+            if arguments.keep:
+                keep_running(stack)
+        except KeyboardInterrupt:
+            return 0 if arguments.keep else 130
+        except (StackError, MedHiveError, subprocess.TimeoutExpired, OSError) as error:
+            explain_failure(stack, error)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
