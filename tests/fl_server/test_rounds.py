@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from round_world import CLASSES, DEADLINE_S, Crash, DictDesk, Hospital, World, replayed
 
-from fl_server.collect import RunOver
+from fl_server.gateway import RunOver
 from medhive.envelope import ContributionBody, TaskBody, TaskType, to_bytes
 from medhive.packing import read_weights, write_weights
 from medhive.signing import SigningKey, sign

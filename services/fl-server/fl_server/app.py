@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 
 import structlog
 
-from fl_server.collect import Exchange, RunOver
+from fl_server.collect import Exchange
 from fl_server.flower import RunStopped
-from fl_server.gateway import GatewayDesk, LeaseLost
+from fl_server.gateway import GatewayDesk, LeaseLost, RunOver
 from fl_server.logs import log_json
 from fl_server.rounds import RunLoop
 from fl_server.settings import ServerSettings

@@ -19,6 +19,7 @@ import structlog
 
 from fl_server.cohort import Member
 from fl_server.flower import NodeUnknown, Reply, ReplyError
+from fl_server.gateway import RunOver
 from medhive.envelope import (
     Contribution,
     ContributionBody,
@@ -73,12 +74,6 @@ class StopRequested(MedHiveError):
     """An admin asked for the run to stop."""
 
     code = "stop-requested"
-
-
-class RunOver(MedHiveError):
-    """The gateway says that this run has ended; there is nothing left to report."""
-
-    code = "run-over"
 
 
 class Exchange(Protocol):

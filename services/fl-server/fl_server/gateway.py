@@ -6,14 +6,15 @@ until it is answered, and only the answer that the lease is somebody else's ends
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from medhive.client import GatewayClient
-from medhive.errors import Conflict, MedHiveError, NotFound, Unreachable
+from medhive.errors import Conflict, IllegalTransition, MedHiveError, NotFound, Unreachable
 from medhive.states import RoundState
 from medhive.wire import API, Fenced, NodeAnswer, RoundAnswer, RoundReport, RunAnswer, RunEnd, VersionZero
 
@@ -27,6 +28,8 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
 """Back within a moment of a quick restart, without filling the log during a long outage."""
 
 SERVER_ERROR = 500
+STALE_FENCE = "stale-fence"
+"""The gateway's word for a report under a lease that has passed to another."""
 
 Result = TypeVar("Result")
 
@@ -37,6 +40,29 @@ class LeaseLost(Conflict):
     """Another aggregator holds this run now; nothing that this process reports counts any more."""
 
     code = "lease-lost"
+
+
+class RunOver(MedHiveError):
+    """The gateway says that this run has ended; there is nothing left to report."""
+
+    code = "run-over"
+
+
+@contextmanager
+def lease_loss_named() -> Iterator[None]:
+    """Tell a lease that has passed on, and a run that has ended meanwhile, from other conflicts.
+
+    Raises:
+        LeaseLost, RunOver: these; other errors pass as they are.
+    """
+    try:
+        yield
+    except IllegalTransition as error:
+        raise RunOver(f"The run is over: {error}") from error
+    except Conflict as error:
+        if error.data.get("cause") == STALE_FENCE:
+            raise LeaseLost(f"The lease on this run has passed on: {error}") from error
+        raise
 
 
 class Desk(Protocol):
@@ -97,16 +123,16 @@ class GatewayDesk:
         self._client.close()
 
     def look(self) -> RunAnswer:
-        return RunAnswer.model_validate(self._leased("heartbeat"))
+        with lease_loss_named():
+            return RunAnswer.model_validate(self._client.post(f"{self._server}/heartbeat", Fenced(fence=self._fence)))
 
     def start(self) -> RunAnswer:
-        return RunAnswer.model_validate(self._patiently(lambda: self._leased("start")))
+        return RunAnswer.model_validate(self._leased("POST", "start", Fenced(fence=self._fence)))
 
-    def _leased(self, what: str) -> Any:
-        try:
-            return self._client.post(f"{self._server}/{what}", Fenced(fence=self._fence))
-        except Conflict as error:
-            raise LeaseLost(f"The lease on this run is lost: {error}") from error
+    def _leased(self, method: str, what: str, body: Any) -> Any:
+        """Report under the lease until the gateway has heard it."""
+        with lease_loss_named():
+            return self._patiently(lambda: self._client.request(method, f"{self._server}/{what}", body=body))
 
     def nodes(self) -> Mapping[str, int]:
         rows = self._patiently(lambda: self._client.get(f"{API}/server/nodes"))
@@ -118,11 +144,11 @@ class GatewayDesk:
         return [RoundAnswer.model_validate(row) for row in rows]
 
     def report_round(self, number: int, report: RoundReport) -> None:
-        self._patiently(lambda: self._client.put(f"{self._server}/rounds/{number}", report))
+        self._leased("PUT", f"rounds/{number}", report)
 
     def version_zero(self, digest: str, statistics: Mapping[str, list[float]]) -> None:
         body = VersionZero(fence=self._fence, digest=digest, statistics=dict(statistics))
-        self._patiently(lambda: self._client.post(f"{self._server}/version-zero", body))
+        self._leased("POST", "version-zero", body)
 
     def version_statistics(self, study: str, version: int) -> dict[str, list[float]]:
         try:
@@ -132,7 +158,7 @@ class GatewayDesk:
         return {name: [float(x) for x in values] for name, values in row["manifest"]["body"]["statistics"].items()}
 
     def end(self, end: RunEnd) -> None:
-        self._patiently(lambda: self._client.post(f"{self._server}/end", end))
+        self._leased("POST", "end", end)
 
     def fetch(self, digest: str, destination: Path, max_bytes: int) -> int:
         path = f"{self._run}/blobs/{digest}"

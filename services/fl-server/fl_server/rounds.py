@@ -24,14 +24,13 @@ from fl_server.collect import (
     Collector,
     Exchange,
     Question,
-    RunOver,
     StopRequested,
     Watch,
     drop_from,
     too_few,
 )
 from fl_server.flower import RunStopped
-from fl_server.gateway import MAX_WEIGHTS_BYTES, Desk, LeaseLost, closed_rounds
+from fl_server.gateway import MAX_WEIGHTS_BYTES, Desk, LeaseLost, RunOver, closed_rounds
 from fl_server.pooling import Scores, pooled_metrics, pooled_statistics
 from fl_server.reports import (
     Timing,

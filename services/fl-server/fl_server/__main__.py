@@ -1,0 +1,224 @@
+"""`medhive-server`: the aggregator as one service.
+
+`serve` keeps SuperLink, superexec and tracking running beside it and dispatches the gateway's runs to them; it ends within
+five seconds of SIGTERM, and nothing it started outlives it. Whoever reads its standard output follows the runs; its log
+goes to standard error.
+"""
+
+import argparse
+import os
+import signal
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from fl_server import __version__
+from fl_server.dispatcher import Dispatcher
+from fl_server.flower import Command, SuperLink, superexec_command, superlink_command
+from fl_server.locking import FolderLock
+from fl_server.logs import log_json
+from fl_server.nodes import NodeRegistry
+from fl_server.settings import PREFIX, ServerSettings
+from fl_server.supervisor import Relay, Service, Supervisor, require_free_port
+from medhive.client import GatewayClient
+from medhive.errors import MedHiveError, Unreachable
+from medhive.wire import API, CoordinatorAnswer
+
+STEP_S = 1.0
+"""How soon an approved run starts, a dead process is noticed, a new hospital's node is registered."""
+GATEWAY_POLL_S = 0.5
+
+log = structlog.get_logger()
+
+
+class Server:
+    """Everything that `serve` does, until `stop`."""
+
+    def __init__(self, settings: ServerSettings, say: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._say = say
+        self._stopped = threading.Event()
+        self._trouble = ""
+
+    def stop(self) -> None:
+        """End the service; from a signal handler or another thread."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Serve until `stop`.
+
+        Raises:
+            PortInUse, FolderInUse: another program, or another aggregator, is there already.
+            MedHiveError: the gateway refuses this aggregator.
+        """
+        settings = self._settings
+        settings.prepare()
+        with FolderLock(settings.state_dir), settings.gateway() as gateway:
+            require_free_port(settings.fleet_port, f"{PREFIX}FLEET_PORT")
+            self._introduce()
+            if not self._wait_for_gateway(gateway):
+                return
+            supervisor = Supervisor(_services(settings), Relay())
+            superlink = SuperLink(
+                address=settings.superlink_url, tls=ssl.create_default_context(cafile=str(settings.gateway_ca_file))
+            )
+            try:
+                self._serve(gateway, superlink, supervisor)
+            finally:
+                supervisor.stop()
+                superlink.close()
+                log.info("server.stopped")
+
+    def _introduce(self) -> None:
+        settings = self._settings
+        self._say(f"medhive-server {__version__}")
+        self._say(f"state folder {settings.state_dir.resolve()}")
+        self._say(f"gateway {settings.gateway_url}")
+        self._say(f"fleet https://127.0.0.1:{settings.fleet_port}")
+        self._say(f"tracking {settings.mlflow_url or 'off (MEDHIVE_SERVER_MLFLOW_URL is not set)'}")
+
+    def _wait_for_gateway(self, gateway: GatewayClient) -> bool:
+        """Wait until it answers; False when stopped meanwhile."""
+        told = False
+        while not self._stopped.is_set():
+            try:
+                coordinator = CoordinatorAnswer.model_validate(gateway.get(f"{API}/coordinator"))
+            except Unreachable:
+                if not told:
+                    self._say(f"waiting for the gateway at {self._settings.gateway_url}")
+                    told = True
+                self._stopped.wait(GATEWAY_POLL_S)
+                continue
+            self._say(f"coordinator {coordinator.name}, key {coordinator.key_id}")
+            self._say_versions(gateway)
+            return True
+        return False
+
+    def _say_versions(self, gateway: GatewayClient) -> None:
+        for study in gateway.get(f"{API}/studies"):
+            version = study.get("newest_version")
+            self._say(f"study {study['name']}, newest version {'none yet' if version is None else version}")
+
+    def _serve(self, gateway: GatewayClient, superlink: SuperLink, supervisor: Supervisor) -> None:
+        settings = self._settings
+        nodes = NodeRegistry(gateway, superlink)
+        dispatcher = Dispatcher(
+            gateway=gateway,
+            superlink=superlink,
+            holder=settings.holder(),
+            leases_file=settings.state_dir / "leases.json",
+            runs_dir=settings.runs_dir,
+            max_runs=settings.max_runs,
+            monotonic=time.monotonic,
+        )
+        pending = [dispatcher.stop_stale, lambda: self._say("ready")]
+        while not self._stopped.is_set():
+            if "superexec" in supervisor.look():
+                pending.append(dispatcher.restart_all)
+            # In this order: a run must find the nodes of its sites registered.
+            self._try_all([*pending, nodes.sync, dispatcher.step], pending)
+            self._stopped.wait(STEP_S)
+
+    def _try_all(self, steps: Sequence[Callable[[], None]], pending: list[Callable[[], None]]) -> None:
+        """Do the steps in order; what is pending stays so until it was done once. An outage ends the pass."""
+        try:
+            for step in steps:
+                step()
+                if step in pending:
+                    pending.remove(step)
+        except MedHiveError as error:
+            if str(error) != self._trouble:
+                log.warning("server.trouble", reason=str(error), code=error.code)
+            self._trouble = str(error)
+        else:
+            self._trouble = ""
+
+
+def _services(settings: ServerSettings) -> list[Service]:
+    """SuperLink, superexec and, where there is an MLflow server, tracking."""
+    settings.superexec_secret_file.stat()
+    services = [Service("superlink", lambda: _superlink(settings)), Service("superexec", lambda: _superexec(settings))]
+    if settings.mlflow_url:
+        services.append(Service("tracking", _tracking))
+    return services
+
+
+def _superlink(settings: ServerSettings) -> Command:
+    return superlink_command(
+        port=settings.fleet_port,
+        database=settings.superlink_database,
+        cert=settings.tls_cert,
+        key=settings.tls_key,
+        ca=settings.gateway_ca_file,
+        secret_file=settings.superexec_secret_file,
+        home=settings.flower_home,
+    )
+
+
+def _superexec(settings: ServerSettings) -> Command:
+    return superexec_command(
+        port=settings.fleet_port,
+        ca=settings.gateway_ca_file,
+        secret_file=settings.superexec_secret_file,
+        home=settings.flower_home,
+    )
+
+
+def _tracking() -> Command:
+    return Command([sys.executable, "-m", "fl_server", "track", "--parent-pid", str(os.getpid())], dict(os.environ))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: exit 0, 1 (failed, with one sentence), 2 (wrong use)."""
+    parser = argparse.ArgumentParser(prog="medhive-server", description="The aggregator of MedHive.")
+    parser.add_argument("--version", action="version", version=f"medhive-server {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("serve", help="start the service; its settings are the variables MEDHIVE_SERVER_...")
+    track = commands.add_parser("track", help="deliver runs to MLflow; started by serve")
+    track.add_argument("--parent-pid", type=int, help="end when this process does")
+    options = parser.parse_args(argv)
+    log_json()
+    try:
+        settings = ServerSettings.load()
+        _serve(settings) if options.command == "serve" else _track(settings, options.parent_pid)
+    except MedHiveError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the command line's answer
+        raise SystemExit(1) from None
+
+
+def _serve(settings: ServerSettings) -> None:
+    server = Server(settings, lambda line: print(line, flush=True))  # noqa: T201 - for people
+    _on_signals(server.stop)
+    server.run()
+
+
+def _track(settings: ServerSettings, parent: int | None) -> None:
+    from fl_server.tracking import track  # noqa: PLC0415 - MLflow is heavy, and only this process needs it
+
+    stopped = threading.Event()
+    _on_signals(stopped.set)
+    if parent is not None:
+        _stop_with_parent(parent, stopped)
+    track(settings, stopped)
+
+
+def _on_signals(stop: Callable[[], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop())
+
+
+def _stop_with_parent(parent: int, stopped: threading.Event) -> None:
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(STEP_S)
+        stopped.set()
+
+    threading.Thread(target=look, name="parent-monitor", daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()
