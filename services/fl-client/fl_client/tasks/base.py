@@ -22,7 +22,7 @@ from fl_client.tasks.errors import UnknownTask
 from medhive.spec import StudyData
 
 if TYPE_CHECKING:
-    from fl_client.tasks.evaluation import Evaluation
+    from fl_client.tasks.evaluation import Comparison, Evaluation
 
 FloatArray = npt.NDArray[np.float32]
 Weights = Mapping[str, FloatArray]
@@ -199,6 +199,9 @@ class Workspace(Protocol):
             WrongArchitecture: the weights are another model's.
             NotEnoughExamples: the part is empty.
         """
+
+    def compare(self, first: Weights, second: Weights, part: Part) -> "Comparison":
+        """Judge two models on the same examples; raises as `evaluate`."""
 
     def predict(self, weights: Weights, paths: Sequence[Path]) -> list[Prediction | Skipped]:
         """Class probabilities of files; unreadable ones come back as `Skipped`, in the order of `paths`."""

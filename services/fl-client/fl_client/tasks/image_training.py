@@ -53,7 +53,7 @@ from fl_client.tasks.images import ImageOptions, UInt8, read_image, scan_folder
 from fl_client.tasks.models import build_model, export_weights, load_weights
 from medhive.spec import StudyData
 
-DEFAULT_LR = 3e-3  # peak; found on brain MRI with three sites, see docs/benchmarks.md
+DEFAULT_LR = 5e-3  # peak; found on brain MRI with three sites, see docs/benchmarks.md
 WEIGHT_DECAY = 0.05
 WARM_UP = 0.1  # share of the run; AdamW's moments are still noise there
 LABEL_SMOOTHING = 0.05
@@ -203,7 +203,10 @@ class ImageWorkspace:
     def predict(self, weights: Weights, paths: Sequence[Path]) -> list[Prediction | Skipped]:
         """Class probabilities of image files."""
         load_weights(self._judge, weights)
-        return [self._predict_one(path) for path in paths]
+        results: list[Prediction | Skipped] = []
+        for start in range(0, len(paths), EVALUATION_BATCH):
+            results += self._predict_batch(paths[start : start + EVALUATION_BATCH])
+        return results
 
     def indices(self, part: Part) -> Tensor:
         """Positions of a part's images."""
@@ -243,12 +246,24 @@ class ImageWorkspace:
         probabilities: npt.NDArray[np.float64] = logits.double().softmax(dim=1).cpu().numpy()
         return probabilities
 
-    def _predict_one(self, path: Path) -> Prediction | Skipped:
+    def _predict_batch(self, paths: Sequence[Path]) -> list[Prediction | Skipped]:
+        read = [self._read(path) for path in paths]
+        images = [image for image in read if not isinstance(image, Skipped)]
+        if not images:
+            return [item for item in read if isinstance(item, Skipped)]
+        rows = iter(self._probabilities(torch.from_numpy(np.stack(images)).to(self.device)))
+        return [
+            item if isinstance(item, Skipped) else self._prediction(path, next(rows))
+            for path, item in zip(paths, read, strict=True)
+        ]
+
+    def _read(self, path: Path) -> UInt8 | Skipped:
         try:
-            image = self._resize(read_image(path, self._options.channels))
+            return self._resize(read_image(path, self._options.channels))
         except UnreadableExample as error:
             return Skipped(path.name, error.reason)
-        row = self._probabilities(torch.from_numpy(image)[None].to(self.device))[0]
+
+    def _prediction(self, path: Path, row: npt.NDArray[np.float64]) -> Prediction:
         return Prediction(path.name, {name: float(p) for name, p in zip(self.classes, row, strict=True)})
 
 

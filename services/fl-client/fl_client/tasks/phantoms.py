@@ -58,7 +58,7 @@ def phantom(name: str, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
 
 
 def _tumour(name: str, x: Floats, y: Floats, texture: Floats, rng: np.random.Generator) -> Floats:
-    """Brightness that the class adds: glioma ragged and inside, meningioma round at the rim, pituitary small in the middle."""
+    """Brightness that the class adds: glioma ragged inside, meningioma round at the rim, pituitary small in the middle."""
     side = rng.choice([-1.0, 1.0])
     if name == "glioma":
         cx, cy, r = side * rng.uniform(0.25, 0.45), rng.uniform(-0.4, 0.25), rng.uniform(0.2, 0.32)
