@@ -228,12 +228,27 @@ class Trainer:
         for name, file in job.weights.items():
             evaluations[name] = workspace.evaluate(read_weights(file), job.part).to_json()
             yield None
-        return {"evaluations": evaluations, "fingerprint": workspace.report.fingerprint}
+        comparisons = {}
+        first, *others = list(job.weights)
+        for name in others:
+            pair = (read_weights(job.weights[first]), read_weights(job.weights[name]))
+            comparisons[name] = workspace.compare(*pair, job.part).to_json()
+            yield None
+        return {
+            "evaluations": evaluations,
+            "comparisons": comparisons,
+            "fingerprint": workspace.report.fingerprint,
+        }
 
     def _local_only(self, job: Job) -> Steps:
         """The same recipe on the own data alone: the same rounds and epochs from the same seed, no proximal term."""
         plan = _plan_of(job)
         workspace = yield from self._open(job)
+        own = workspace.statistics()
+        if own:
+            # Its own sums stand in for those of all sites, so nobody else may be given this workspace.
+            self._workspaces.clear()
+            workspace.use_statistics(own)
         weights = workspace.initial_weights(job.source.data.initial_seed)
         state: bytes | None = None
         for number in range(1, plan.rounds + 1):

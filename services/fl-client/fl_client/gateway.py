@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from medhive.client import GatewayClient, Progress, RemoteError, Trust
-from medhive.errors import ClockSkew, NotAuthenticated, Unreachable
+from medhive.errors import ClockSkew, NotAllowed, NotAuthenticated, Unreachable
 from medhive.signing import Signed
 from medhive.version import require_compatible
 from medhive.wire import (
@@ -42,6 +42,12 @@ SMALLEST_OFFSET_S = 2.0
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 TokenProof = Callable[[datetime], Signed[SiteTokenProof]]
+
+
+class SiteRevoked(NotAllowed):
+    """The coordinator no longer works with this site: it was revoked, or it has left."""
+
+    code = "site-revoked"
 
 
 class Gateway:
@@ -131,7 +137,7 @@ class Gateway:
         """Get a fresh token by signing for it.
 
         Raises:
-            NotAllowed: the site was revoked or has left.
+            SiteRevoked: the site was revoked or has left.
             ClockSkew: this machine's clock is off, and the gateway did not say by how much.
         """
         with self._lock:
@@ -147,7 +153,13 @@ class Gateway:
         self._on_token(token)
 
     def _ask_token(self, proof: Signed[SiteTokenProof]) -> TokenAnswer:
-        return self._each(lambda client: _read(TokenAnswer, client.post(f"{API}/site-token", proof)))
+        try:
+            return self._each(lambda client: _read(TokenAnswer, client.post(f"{API}/site-token", proof)))
+        except NotAllowed as error:
+            raise SiteRevoked(
+                f"The coordinator no longer works with this hospital: {error} Ask the coordinator; to take part again, "
+                "join with a new invite and a fresh STATE_DIR."
+            ) from error
 
     def _learn_clock(self, error: ClockSkew) -> None:
         try:

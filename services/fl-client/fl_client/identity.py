@@ -35,7 +35,6 @@ from medhive.errors import (
     Conflict,
     InvalidInput,
     MedHiveError,
-    NotAllowed,
     NotFound,
     TooLarge,
     Unreachable,
@@ -50,7 +49,6 @@ from medhive.wire import (
     JoinAnswer,
     JoinProof,
     Reason,
-    SiteAnswer,
     SiteTokenProof,
     TokenAnswer,
 )
@@ -413,18 +411,10 @@ def _ask_coordinator(clients: list[GatewayClient]) -> CoordinatorAnswer:
 def _ask_to_join(
     clients: list[GatewayClient], coordinator: CoordinatorAnswer, invite: Invite, client_id: str, keys: Keys
 ) -> JoinAnswer:
-    client = clients[0]
+    """The same join may be sent again when its answer was lost: the gateway knows the keys by then."""
     offset = coordinator.time - datetime.now(UTC)
     body = _join_body(coordinator, invite, client_id, keys, datetime.now(UTC) + offset)
-    try:
-        return JoinAnswer.model_validate(client.post(f"{API}/join", body))
-    except (Conflict, NotAllowed, NotFound, BadSignature, InvalidInput) as refusal:
-        # The answer to an earlier try may have been lost on the way: then this site's own signature already counts.
-        recovered = _recover(client, coordinator, client_id, keys, datetime.now(UTC) + offset)
-        if recovered is None:
-            raise
-        del refusal
-        return recovered
+    return JoinAnswer.model_validate(clients[0].post(f"{API}/join", body))
 
 
 def _join_body(coordinator: CoordinatorAnswer, invite: Invite, client_id: str, keys: Keys, now: datetime) -> Join:
@@ -456,21 +446,6 @@ def _join_body(coordinator: CoordinatorAnswer, invite: Invite, client_id: str, k
 def node_signed_bytes(proof: JoinProof) -> bytes:
     """The bytes under a join that the node key signs: the same that the consent key signs."""
     return proof.DOMAIN.encode() + b"\0" + canonical_json(proof.body())
-
-
-def _recover(
-    client: GatewayClient, coordinator: CoordinatorAnswer, client_id: str, keys: Keys, now: datetime
-) -> JoinAnswer | None:
-    prove = token_prover(client_id, coordinator.key_id, keys)
-    try:
-        token = TokenAnswer.model_validate(client.post(f"{API}/site-token", prove(now)))
-        client.use_token(token.token)
-        site = SiteAnswer.model_validate(client.get(f"{API}/sites/{client_id}"))
-    except (MedHiveError, ValidationError):
-        return None
-    if not site.fleet_address:
-        return None
-    return JoinAnswer(site=client_id, coordinator=coordinator, fleet_address=site.fleet_address, token=token)
 
 
 def _identity_from(answer: JoinAnswer, addresses: tuple[str, ...]) -> Identity:

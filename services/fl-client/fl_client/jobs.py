@@ -69,7 +69,8 @@ class Job(Frozen):
     """One thing to do. Which fields count depends on the kind.
 
     `fingerprint` is that of the data which a person consented to; other data are refused. `weights` are the models to
-    work on by name: `base` for train, evaluate and predict; any names for judge.
+    work on by name: `base` for train, evaluate and predict; any names for judge, which
+    compares the first one with each other.
     """
 
     id: str

@@ -430,6 +430,12 @@ class Store:
         with self._transaction() as db:
             db.execute(query, (*values, _now()))
 
+    def reopen_decision(self, study: str, version: int) -> None:
+        """The coordinator offers a version again: a new decision is wanted."""
+        query = "UPDATE versions SET decision='pending', reason='', decided_at=NULL WHERE study=? AND version=?"
+        with self._transaction() as db:
+            db.execute(query, (study, version))
+
     def keep_evaluation(self, study: str, version: int, evaluation: dict[str, Any]) -> None:
         """Keep what the held-out data said of a version."""
         query = "UPDATE versions SET evaluation=? WHERE study=? AND version=?"
@@ -447,13 +453,26 @@ class Store:
                     (study, version, person, reason, _now()),
                 )
 
+    def use_version(self, study: str, version: int, *, person: str, reason: str) -> None:
+        """Put an accepted version in use again."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO champions (study, version, person, reason, at) VALUES (?, ?, ?, ?, ?)",
+                (study, version, person, reason, _now()),
+            )
+
     def champion(self, study: str) -> int | None:
-        """The number of the version in use, or None."""
-        history = self.champions(study)
-        return history[0].version if history else None
+        """The number of the version in use, or None: the last one put in use that was not rejected since."""
+        query = (
+            "SELECT c.version FROM champions c JOIN versions v ON v.study=c.study AND v.version=c.version "
+            "WHERE c.study=? AND v.decision!='rejected' ORDER BY c.id DESC LIMIT 1"
+        )
+        with self._reading() as db:
+            row = db.execute(query, (study,)).fetchone()
+        return int(row["version"]) if row else None
 
     def champions(self, study: str) -> list[ChampionEntry]:
-        """Which versions were in use, the present one first."""
+        """Which versions were put in use, the last one first."""
         with self._reading() as db:
             rows = db.execute("SELECT * FROM champions WHERE study=? ORDER BY id DESC", (study,)).fetchall()
         return [

@@ -1,0 +1,411 @@
+"""The loop of `medhive-site run`: it talks, and lets the trainer work.
+
+Three things go on beside each other, each on a thread of its own: the fleet connection takes tasks and brings answers, the
+watch keeps in step with the gateway, and each accepted task waits for the trainer. None holds up another, and each tries
+again for as long as needed when its server is away. Only the coordinator's word that this site is no longer wanted, or the
+caller's `stop`, ends the loop.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import datetime
+
+import structlog
+
+from fl_client import updates
+from fl_client.acceptance import Order, answer_without_update, check_task
+from fl_client.activity import ActivityReporter
+from fl_client.events import (
+    Connected,
+    Disconnected,
+    Listener,
+    NodeEvent,
+    PauseChanged,
+    Problem,
+    Revoked,
+    Serving,
+    Stopped,
+    TaskRefused,
+    VersionArrived,
+    VersionJudged,
+)
+from fl_client.flower import FleetClosed, FleetConnection, Inbound, NodeRevoked, Outage, RunGone
+from fl_client.gateway import SiteRevoked
+from fl_client.identity import connect
+from fl_client.jobs import Cancelled, JobFailed
+from fl_client.rounds import Assignment, Worker
+from fl_client.site import Site, only_node
+from fl_client.store import InboxItem
+from fl_client.trainer import Trainer
+from fl_client.watch import Watch, Watched
+from medhive.envelope import Task, from_bytes, to_bytes
+from medhive.errors import ClockSkew, MedHiveError, NotFound, Unreachable
+from medhive.follow import Feed
+
+# Tasks, consents and evaluations that may wait at once; each is a thread that mostly sleeps.
+MAX_AT_ONCE = 32
+# How often local things are looked at: limits that a person has changed, hours that have begun, answers to deliver.
+TICK_S = 1.0
+# After a refusal that may pass (a registration under way, an upgrade at the coordinator).
+REFUSED_WAIT_S = 5.0
+# After a task the next one is likely near, whatever the gateway says.
+FAST_AFTER_TASK_S = 15.0
+
+log = structlog.get_logger()
+
+
+class Node:
+    """A hospital's node. `run` blocks until `stop` is called or the site is no longer wanted."""
+
+    def __init__(self, site: Site, listener: Listener, trainer: Trainer | None = None) -> None:
+        """Start nothing yet.
+
+        Args:
+            listener: told what happens, on the node's threads, one call at a time.
+            trainer: where the work is done; one of the node's own when left out.
+        """
+        self._site = site
+        self._listener = listener
+        self._listening = threading.Lock()
+        self._trainer = trainer or site.trainer()
+        self._stopping = threading.Event()
+        self._wake_watch = threading.Event()
+        self._wake_fleet = threading.Event()
+        self._reporter = ActivityReporter(site.gateway.report_activity)
+        self._worker = Worker(site, self._trainer, self._reporter, self._emit, self._stopping)
+        self._watch = Watch(site, self._trainer, self._emit, self._in_background)
+        self._pool = ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="work")
+        self._in_work: dict[tuple[str, str, int, str], Assignment] = {}
+        self._background: set[str] = set()
+        self._lock = threading.Lock()
+        self._fleet: FleetConnection | None = None
+        self._fleet_away: Outage | None = None
+        self._fast_until = 0.0
+        self._busy = False
+        self._paused = False
+        self._end: MedHiveError | None = None
+
+    # ---- life ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until stopped.
+
+        Raises:
+            AlreadyRunning: another node uses this state folder.
+            SiteRevoked: the coordinator no longer works with this site.
+        """
+        with only_node(self._site.settings.state_dir):
+            fleet = threading.Thread(target=self._keep_fleet, name="fleet", daemon=True)
+            self._emit(self._serving())
+            fleet.start()
+            try:
+                self._keep_watch()
+            finally:
+                self.stop()
+                self._close()
+                fleet.join(timeout=REFUSED_WAIT_S)
+        self._emit(Stopped())
+        if self._end is not None:
+            raise self._end
+
+    def stop(self) -> None:
+        """End the loop; safe from any thread and from a signal handler. What is in work is resumed at the next start."""
+        self._stopping.set()
+        self._wake_watch.set()
+        self._wake_fleet.set()
+        fleet = self._fleet
+        if fleet is not None:
+            fleet.close()
+
+    def _close(self) -> None:
+        self._trainer.close()
+        self._reporter.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _finish(self, error: MedHiveError) -> None:
+        if self._end is None:
+            self._end = error
+            self._emit(Revoked(str(error)))
+        self.stop()
+
+    def _emit(self, event: NodeEvent) -> None:
+        with self._listening:
+            self._listener(event)
+        if isinstance(event, VersionArrived) and event.candidate:
+            self._in_background(f"judge {event.study} {event.version}", lambda: self._judge(event))
+
+    def _serving(self) -> Serving:
+        store, identity = self._site.store, self._site.identity
+        studies = sorted({item.study for item in store.versions()} | {item.study for item in store.consents()})
+        newest = {item.study: item.version for item in reversed(store.versions())}
+        champions = {study: store.champion(study) for study in studies}
+        return Serving(
+            site=self._site.name,
+            coordinator=identity.coordinator_name,
+            addresses=identity.addresses,
+            fleet_address=identity.fleet_address,
+            state_dir=self._site.settings.state_dir,
+            studies={study: self._site.data_dir(study) for study in studies},
+            champions={study: version for study, version in champions.items() if version is not None},
+            newest=newest,
+        )
+
+    def _in_background(self, name: str, work: Callable[[], None]) -> None:
+        with self._lock:
+            if name in self._background or self._stopping.is_set():
+                return
+            self._background.add(name)
+        self._pool.submit(self._guarded, name, work)
+
+    def _guarded(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (Cancelled, FleetClosed):
+            log.info("work.ended", work=name)
+        except MedHiveError as error:
+            self._emit(Problem(name, str(error)))
+        except Exception:
+            # The outermost loop of this thread: without this, an error would vanish with the thread.
+            log.exception("work.failed", work=name)
+            self._emit(Problem(name, "An error of the software; the log has the details."))
+        finally:
+            with self._lock:
+                self._background.discard(name)
+
+    # ---- the gateway ---------------------------------------------------------------------------------------------
+
+    def _keep_watch(self) -> None:
+        away_since: float | None = None
+        greeted = False
+        feed: Feed | None = None
+        next_look = 0.0
+        try:
+            while not self._stopping.is_set():
+                self._look_at_limits()
+                if time.monotonic() >= next_look or self._wake_watch.is_set():
+                    self._wake_watch.clear()
+                    away_since, greeted = self._look(away_since, greeted)
+                    pace = TICK_S if away_since is not None else self._site.settings.sync_s
+                    next_look = time.monotonic() + pace
+                    if feed is None and greeted:
+                        feed = self._feed()
+                self._wake_watch.wait(TICK_S)
+        finally:
+            if feed is not None:
+                feed.__exit__()
+
+    def _look(self, away_since: float | None, greeted: bool) -> tuple[float | None, bool]:
+        """Look once; returns since when the gateway is away, and whether it has been greeted since then."""
+        try:
+            if not greeted:
+                self._site.gateway.coordinator()
+                self._emit(Connected("gateway", time.monotonic() - away_since if away_since else 0.0))
+            self._note(self._watch.look())
+        except Unreachable as error:
+            if away_since is None:
+                self._emit(Disconnected("gateway", str(error)))
+                away_since = time.monotonic()
+            return away_since, False
+        except SiteRevoked as error:
+            self._finish(error)
+        except MedHiveError as error:
+            self._emit(Problem("gateway", str(error)))
+        return None, True
+
+    def _note(self, watched: Watched) -> None:
+        if watched.busy and not self._busy:
+            self._wake_fleet.set()
+        self._busy = watched.busy
+
+    def _feed(self) -> Feed | None:
+        """The event stream on a connection of its own, from now on."""
+        site = self._site
+        try:
+            after = site.gateway.head().body.number
+        except MedHiveError:
+            return None
+        feed = Feed(
+            lambda: connect(site.identity, site.keys, site.store, site.settings.extra_ca_file),
+            after,
+            lambda _event: self._wake_watch.set(),
+        )
+        feed.__enter__()
+        return feed
+
+    def _look_at_limits(self) -> None:
+        paused = not self._site.limits().may_train(datetime.now().astimezone())
+        if paused != self._paused:
+            self._paused = paused
+            self._emit(PauseChanged(paused))
+        self._trainer.pause(paused)
+        self._trainer.refresh_limits()
+
+    def _judge(self, event: VersionArrived) -> None:
+        try:
+            judgement = updates.judge(self._site, self._trainer, event.study, event.version)
+        except JobFailed as error:
+            self._emit(Problem(f"evaluation of version {event.version} of {event.study}", str(error)))
+            return
+        accuracies = {name: item["accuracy"]["value"] for name, item in judgement["evaluations"].items()}
+        self._emit(VersionJudged(event.study, event.version, accuracies))
+
+    # ---- the fleet -----------------------------------------------------------------------------------------------
+
+    def _keep_fleet(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._serve_fleet()
+            except FleetClosed:
+                continue
+            except NodeRevoked as error:
+                if self._is_revoked():
+                    return
+                self._fleet_problem(error)
+            except ClockSkew as error:
+                self._relearn_clock(error)
+            except MedHiveError as error:
+                self._fleet_problem(error)
+            except Exception:
+                # The outermost loop of this thread; a node that stops talking in silence would be worse.
+                log.exception("fleet.failed")
+                self._stopping.wait(REFUSED_WAIT_S)
+
+    def _serve_fleet(self) -> None:
+        identity, settings = self._site.identity, self._site.settings
+        connection = FleetConnection(
+            address=identity.fleet_url,
+            tls=identity.tls(settings.extra_ca_file),
+            node_key=self._site.keys.node_file,
+            node_file=settings.state_dir / "node.id",
+            clock_offset=lambda: self._site.gateway.clock_offset_s,
+            on_outage=self._on_outage,
+        )
+        self._fleet = connection
+        if self._stopping.is_set():
+            return
+        with connection as fleet:
+            self._emit(Connected("fleet"))
+            for item in self._site.store.inbox():
+                self._take(_inbound_of(item))
+            while not self._stopping.is_set():
+                inbound = fleet.receive()
+                if inbound is None:
+                    self._wake_fleet.wait(self._pace())
+                    self._wake_fleet.clear()
+                    continue
+                self._fast_until = time.monotonic() + FAST_AFTER_TASK_S
+                self._site.store.keep_inbound(_item_of(inbound))
+                self._take(inbound)
+
+    def _pace(self) -> float:
+        settings = self._site.settings
+        fast = self._busy or self._in_work or time.monotonic() < self._fast_until
+        return settings.fast_poll_s if fast else settings.slow_poll_s
+
+    def _on_outage(self, outage: Outage | None) -> None:
+        if outage is None and self._fleet_away is not None:
+            self._emit(Connected("fleet", self._fleet_away.seconds))
+        elif outage is not None and self._fleet_away is None:
+            self._emit(Disconnected("fleet", outage.reason))
+        self._fleet_away = outage
+
+    def _fleet_problem(self, error: MedHiveError) -> None:
+        self._emit(Problem("fleet", str(error)))
+        self._stopping.wait(REFUSED_WAIT_S)
+
+    def _is_revoked(self) -> bool:
+        """Whether the gateway says so too: the fleet alone may only be behind with its registrations."""
+        try:
+            self._site.gateway.renew()
+        except (SiteRevoked, NotFound) as error:
+            self._finish(error)
+            return True
+        except MedHiveError as error:
+            log.info("gateway.away", reason=error.code)
+        return False
+
+    def _relearn_clock(self, error: ClockSkew) -> None:
+        try:
+            self._site.gateway.coordinator()
+        except MedHiveError:
+            self._fleet_problem(error)
+        self._stopping.wait(TICK_S)
+
+    # ---- tasks ---------------------------------------------------------------------------------------------------
+
+    def _take(self, inbound: Inbound) -> None:
+        """Judge a message and put it in work; nothing here takes long."""
+        try:
+            task = from_bytes(Task, inbound.payload)
+        except MedHiveError as error:
+            log.warning("task.unreadable", reason=error.code)
+            self._site.store.forget_inbound(inbound.message_id)
+            return
+        try:
+            order = check_task(self._site, task, self._site.latest_now())
+        except MedHiveError as error:
+            self._refuse(inbound, task, error)
+            return
+        self._assign(order, inbound)
+
+    def _refuse(self, inbound: Inbound, task: Task, error: MedHiveError) -> None:
+        body = task.body
+        log.warning("task.refused", run_id=body.run_id, round=body.round, reason=error.code)
+        self._emit(TaskRefused(body.run_id, body.round, error.code, str(error)))
+        payload = to_bytes(answer_without_update(self._site, body, "refused", error.code))
+        self._in_background(f"refusal {inbound.message_id}", lambda: self._send(inbound, payload))
+
+    def _assign(self, order: Order, inbound: Inbound) -> None:
+        with self._lock:
+            known = self._in_work.get(order.key)
+            if known is not None:
+                # A resumed run asks again while the first answer is still being made: it gets the same one.
+                known.inbounds = [item for item in known.inbounds if item.message_id != inbound.message_id]
+                known.inbounds.append(inbound)
+                return
+            assignment = Assignment(order, [inbound])
+            self._in_work[order.key] = assignment
+        self._in_background(f"task {inbound.message_id}", lambda: self._fulfil(assignment))
+
+    def _fulfil(self, assignment: Assignment) -> None:
+        order = assignment.order
+        payload: bytes | None = None
+        try:
+            payload = self._worker.make_answer(order)
+        except Cancelled as error:
+            log.info("task.ended", run_id=order.task.run_id, round=order.task.round, reason=error.code)
+            if not self._stopping.is_set():
+                payload = to_bytes(answer_without_update(self._site, order.task, "refused", "not-allowed"))
+        finally:
+            with self._lock:
+                del self._in_work[order.key]
+                inbounds = tuple(assignment.inbounds)
+        if payload is None:
+            return
+        for inbound in inbounds:
+            self._send(inbound, payload)
+        self._worker.report_done(order)
+
+    def _send(self, inbound: Inbound, payload: bytes) -> None:
+        """Bring an answer; what cannot be brought stays in the inbox and is answered after the next connecting."""
+        fleet = self._fleet
+        if fleet is None:
+            return
+        try:
+            if not fleet.reply(inbound, payload):
+                log.info("answer.not-wanted", flower_run=inbound.flower_run)
+        except RunGone:
+            log.info("answer.run-gone", flower_run=inbound.flower_run)
+        self._site.store.forget_inbound(inbound.message_id)
+
+
+def _item_of(inbound: Inbound) -> InboxItem:
+    message = {name: value for name, value in asdict(inbound).items() if name != "payload"}
+    return InboxItem(inbound.message_id, message, inbound.payload)
+
+
+def _inbound_of(item: InboxItem) -> Inbound:
+    return Inbound(payload=item.payload, **item.message)

@@ -1,0 +1,315 @@
+"""Doing one accepted task, from its weights to its answer, so that a crash at any point costs nothing twice.
+
+The order of the steps is the guarantee: train, write the update, make the answer durable, send the update's bytes, send
+the answer. Whatever is interrupted after the third step is only sent again; before it, it is computed again from the same
+weights, plan and optimiser state, with the same bits.
+"""
+
+import errno
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from fl_client.acceptance import Order, answer_without_update, code_of
+from fl_client.activity import ActivityReporter
+from fl_client.events import EpochDone, Listener, RoundDone, RoundFailed, RoundStarted, RunStarted
+from fl_client.flower import Inbound
+from fl_client.jobs import Cancelled, Epoch, Job, JobEvent, JobKind, Opened, Plan, Started
+from fl_client.site import Site
+from fl_client.store import Reply
+from fl_client.trainer import Trainer
+from medhive.envelope import Contribution, ContributionBody, TaskType, from_bytes, to_bytes
+from medhive.errors import MedHiveError, NoSpace, Unreachable
+from medhive.signing import sign
+from medhive.states import FINAL_RUN_STATES, Activity
+from medhive.version import PROTOCOL
+from medhive.wire import ActivityReport
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
+# How often a running task asks whether it is still wanted; a withdrawal takes hold within this.
+LOOK_S = 0.5
+
+KINDS = {
+    TaskType.INITIALISE: JobKind.INITIALISE,
+    TaskType.STATISTICS: JobKind.STATISTICS,
+    TaskType.TRAIN: JobKind.TRAIN,
+    TaskType.EVALUATE: JobKind.EVALUATE,
+}
+
+Result = TypeVar("Result")
+
+log = structlog.get_logger()
+
+
+class NotWanted(Cancelled):
+    """The run has ended, or its consent was withdrawn."""
+
+    code = "not-wanted"
+
+
+@dataclass
+class Assignment:
+    """One accepted task and everybody who waits for its answer (a resumed run asks again)."""
+
+    order: Order
+    inbounds: list[Inbound] = field(default_factory=list)
+    payload: bytes | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Worker:
+    """Does assignments; one call of `make_answer` per assignment, each on a thread of its own."""
+
+    def __init__(
+        self, site: Site, trainer: Trainer, reporter: ActivityReporter, emit: Listener, stopping: threading.Event
+    ) -> None:
+        self._site = site
+        self._trainer = trainer
+        self._reporter = reporter
+        self._emit = emit
+        self._stopping = stopping
+        self._started_runs: set[str] = set()
+
+    def make_answer(self, order: Order) -> bytes:
+        """The signed answer to a task: the kept one, or one that is made now. Its update has been sent when this returns.
+
+        Raises:
+            NotWanted: nobody wants it any more.
+            Cancelled: this process stops.
+        """
+        try:
+            kept = self._site.store.reply(*order.key)
+            if kept is None:
+                kept = self._do(order)
+            self._send_update(order, kept)
+        except Cancelled:
+            raise
+        except MedHiveError as error:
+            return self._failure(order, error)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return self._failure(order, NoSpace("The disk of the state folder is full; free some space."))
+        return kept.payload
+
+    def _failure(self, order: Order, error: MedHiveError) -> bytes:
+        task, code = order.task, code_of(error)
+        self._emit(RoundFailed(task.run_id, task.round, code, str(error)))
+        self._report(order, Activity.DONE)
+        return to_bytes(answer_without_update(self._site, task, "failed", code))
+
+    # ---- the steps -----------------------------------------------------------------------------------------------
+
+    def _do(self, order: Order) -> Reply:
+        task = order.task
+        self._report(order, Activity.QUEUED)
+        folder = self._folder(task.run_id)
+        self._tidy(folder, order)
+        base = self._fetch_base(order, folder)
+        began = time.monotonic()
+        result = self._work(order, self._job(order, folder, base))
+        contribution = sign(self._contribution(order, result), self._site.consent_key)
+        file = folder / _update_name(order) if contribution.body.content_digest else None
+        reply = Reply(*order.key, payload=to_bytes(contribution), file=file)
+        self._require_wanted(order)
+        self._site.store.keep_reply(reply)
+        minutes = (time.monotonic() - began) / 60
+        metrics = contribution.body.metrics
+        self._emit(RoundDone(task.run_id, task.round, task.rounds, task.type.value, metrics, minutes))
+        return reply
+
+    def _fetch_base(self, order: Order, folder: Path) -> Path | None:
+        task = order.task
+        if not task.base_digest:
+            return None
+        self._report(order, Activity.FETCHING)
+        file = folder / f"base-{task.base_digest}.safetensors"
+        self._patiently(
+            order,
+            lambda: self._site.gateway.fetch_blob(task.run_id, task.base_digest, file, task.base_size_bytes),
+        )
+        self._report(order, Activity.QUEUED)
+        return file
+
+    def _work(self, order: Order, job: Job) -> dict[str, Any]:
+        ticket = self._trainer.submit(job, lambda event: self._on_job(order, event))
+        try:
+            while not ticket.wait(LOOK_S):
+                self._require_wanted(order)
+            return ticket.result()
+        finally:
+            self._trainer.cancel(ticket)
+
+    def _send_update(self, order: Order, reply: Reply) -> None:
+        if reply.file is None:
+            return
+        if not reply.file.exists():
+            # A later round has tidied it away, so the coordinator had received it.
+            log.info("update.tidied-away", run_id=reply.run_id, round=reply.round)
+            return
+        file, digest = reply.file, _digest_in(reply)
+        self._report(order, Activity.SENDING)
+        self._patiently(order, lambda: self._site.gateway.send_blob(order.task.run_id, file, digest))
+
+    def _patiently(self, order: Order, exchange: Callable[[], Result]) -> Result:
+        """Make an exchange with the gateway, for as long as it takes and is wanted."""
+        wait = FIRST_WAIT_S
+        while True:
+            self._require_wanted(order)
+            try:
+                return exchange()
+            except Unreachable as error:
+                log.info("gateway.away", run_id=order.task.run_id, reason=error.code)
+            self._stopping.wait(wait)
+            wait = min(2 * wait, LONGEST_WAIT_S)
+
+    def _require_wanted(self, order: Order) -> None:
+        if self._stopping.is_set():
+            raise Cancelled("The node stops.")
+        run_id = order.task.run_id
+        given = self._site.store.consent(run_id)
+        if given is None or given.state not in ("sending", "granted"):
+            raise NotWanted(f"The consent to {run_id} was withdrawn.", run_id=run_id)
+        run = self._site.store.run(run_id)
+        if run is not None and run.state in FINAL_RUN_STATES:
+            raise NotWanted(f"{run_id} is {run.state}.", run_id=run_id)
+
+    # ---- what is said --------------------------------------------------------------------------------------------
+
+    def _on_job(self, order: Order, event: JobEvent) -> None:
+        task = order.task
+        if isinstance(event, Started):
+            training = task.type is TaskType.TRAIN
+            self._report(order, Activity.TRAINING if training else Activity.EVALUATING)
+            self._emit(RoundStarted(task.run_id, task.round, task.rounds, task.type.value))
+        elif isinstance(event, Opened) and task.run_id not in self._started_runs:
+            self._started_runs.add(task.run_id)
+            self._emit(RunStarted(task.run_id, task.study, task.rounds, event.classes, event.parts))
+        elif isinstance(event, Epoch):
+            self._on_epoch(order, event)
+
+    def _on_epoch(self, order: Order, event: Epoch) -> None:
+        task = order.task
+        self._emit(
+            EpochDone(
+                task.run_id,
+                task.round,
+                task.rounds,
+                event.epoch,
+                event.epochs,
+                event.loss,
+                event.accuracy,
+                event.seconds,
+            )
+        )
+        report = ActivityReport(
+            round=task.round,
+            activity=Activity.TRAINING,
+            epoch=event.epoch,
+            epochs=event.epochs,
+            loss=event.loss if math.isfinite(event.loss) else None,
+            accuracy=event.accuracy if math.isfinite(event.accuracy) else None,
+            examples=event.examples,
+        )
+        self._reporter.report(task.run_id, report)
+
+    def report_done(self, order: Order) -> None:
+        """The answer has been sent."""
+        self._report(order, Activity.DONE)
+
+    def _report(self, order: Order, activity: Activity) -> None:
+        self._reporter.report(order.task.run_id, ActivityReport(round=order.task.round, activity=activity))
+
+    def _contribution(self, order: Order, result: dict[str, Any]) -> ContributionBody:
+        task = order.task
+        return ContributionBody(
+            protocol=PROTOCOL,
+            type=task.type,
+            run_id=task.run_id,
+            site=self._site.name,
+            round=task.round,
+            spec_hash=task.spec_hash,
+            base_digest=task.base_digest,
+            content_digest=result.get("digest", ""),
+            content_size_bytes=result.get("size_bytes", 0),
+            examples=result.get("examples", 0),
+            metrics={name: value for name, value in result.get("metrics", {}).items() if math.isfinite(value)},
+            statistics=result.get("statistics", {}),
+            confusion=result.get("confusion", []),
+            training_s=result.get("training_s", 0.0),
+            issued_at=self._site.now(),
+        )
+
+    # ---- jobs and files ------------------------------------------------------------------------------------------
+
+    def _job(self, order: Order, folder: Path, base: Path | None) -> Job:
+        task, spec = order.task, order.consent.spec
+        return Job(
+            id="/".join(str(part) for part in order.key),
+            kind=KINDS[task.type],
+            source=self._site.source(spec.study, spec.task, spec.data, dict(task.statistics)),
+            device=self._site.limits().device,
+            fingerprint=order.consent.signed.body.dataset_fingerprint,
+            weights={"base": base} if base is not None else {},
+            plan=_plan(order, folder) if task.type is TaskType.TRAIN else None,
+            out=folder / _update_name(order),
+        )
+
+    def _folder(self, run_id: str) -> Path:
+        folder = self._site.folder("runs") / run_id
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
+
+    def _tidy(self, folder: Path, order: Order) -> None:
+        """Delete what no round can need any more: other weights, sent updates, all optimiser states but the last two."""
+        keep = {f"base-{order.task.base_digest}.safetensors", f"base-{order.task.base_digest}.safetensors.part"}
+        keep |= {_state_file(folder, number).name for number in (order.task.round, order.task.round - 1)}
+        newest = _newest_state(folder, order.task.round)
+        if newest is not None:
+            keep.add(newest.name)
+        for file in folder.iterdir():
+            if file.name not in keep:
+                file.unlink()
+
+
+def _plan(order: Order, folder: Path) -> Plan:
+    task, options = order.task, order.consent.spec.options
+    return Plan(
+        round=task.round,
+        rounds=task.rounds,
+        local_epochs=options.local_epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        mu=options.mu if options.strategy == "fedprox" else 0.0,
+        seed=options.seed,
+        penalty=options.penalty,
+        C=options.C,
+        deadline_s=task.deadline_s,
+        state_in=_newest_state(folder, task.round),
+        state_out=_state_file(folder, task.round),
+    )
+
+
+def _state_file(folder: Path, round_number: int) -> Path:
+    return folder / f"optimiser-{round_number}.safetensors"
+
+
+def _newest_state(folder: Path, before: int) -> Path | None:
+    """The state of the own last round before this one. Bound to its round, so that a resumed round uses the same."""
+    rounds = (int(file.stem.removeprefix("optimiser-")) for file in folder.glob("optimiser-*.safetensors"))
+    newest = max((number for number in rounds if number < before), default=None)
+    return _state_file(folder, newest) if newest is not None else None
+
+
+def _update_name(order: Order) -> str:
+    return f"update-{order.task.type.value}-{order.task.round}.safetensors"
+
+
+def _digest_in(reply: Reply) -> str:
+    return from_bytes(Contribution, reply.payload).body.content_digest

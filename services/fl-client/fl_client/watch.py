@@ -1,0 +1,205 @@
+"""Keeping a hospital's node in step with the coordinator: runs, consents, versions, the event log.
+
+Each look asks for the state of things and acts on the difference to what is kept in site.db, so that events which were
+missed, seen twice or seen late change nothing. The event stream only says when to look.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Protocol
+
+import structlog
+
+from fl_client import consents, updates
+from fl_client.events import (
+    ConsentFailed,
+    ConsentGiven,
+    ConsentWanted,
+    Listener,
+    LogRewritten,
+    Problem,
+    RunFinished,
+    VersionArrived,
+)
+from fl_client.gateway import SiteRevoked
+from fl_client.site import Site
+from fl_client.store import KnownRun
+from fl_client.trainer import Trainer
+from medhive.errors import Conflict, MedHiveError, Unreachable
+from medhive.signing import sign
+from medhive.states import FINAL_RUN_STATES, RunState
+from medhive.wire import CountersignBody, Head, RunAnswer
+
+# A head is countersigned at most so often: enough to date a rewriting to the minute, few enough to stay unnoticed.
+COUNTERSIGN_EVERY = timedelta(seconds=30)
+LISTED_RUNS = 200  # of the gateway's list; older ones have long been announced
+GOING_ON = frozenset({RunState.READY, RunState.RUNNING})
+
+log = structlog.get_logger()
+
+
+class Background(Protocol):
+    """Runs a piece of work beside the watch, each name once at a time."""
+
+    def __call__(self, name: str, work: Callable[[], None]) -> None:
+        """Begin it, unless work of that name is going on."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a look found: studies of this site, and whether a run with its consent is ready or running."""
+
+    studies: tuple[str, ...]
+    busy: bool
+
+
+class Watch:
+    """Looks at the coordinator's state; used by one thread."""
+
+    def __init__(self, site: Site, trainer: Trainer, emit: Listener, background: Background) -> None:
+        self._site = site
+        self._trainer = trainer
+        self._emit = emit
+        self._background = background
+        self._asked: set[str] = set()
+        self._countersigned_at: datetime | None = None
+        self._rewritten = False
+
+    def look(self) -> Watched:
+        """Look once, and act.
+
+        Raises:
+            Unreachable: the coordinator does not answer.
+            SiteRevoked: the coordinator no longer works with this site.
+        """
+        self._deliver()
+        # Runs first: a version that has just come then belongs to a run whose end is announced with it.
+        runs = self._site.gateway.runs(limit=LISTED_RUNS)
+        studies = tuple(study.name for study in self._site.gateway.studies())
+        for study in studies:
+            self._one_at_a_time(f"versions of {study}", partial(self._look_at_versions, study))
+        for run in sorted(runs, key=lambda item: item.created_at):
+            self._one_at_a_time(run.id, partial(self._look_at_run, run))
+        self._one_at_a_time("event log", self._look_at_head)
+        return Watched(studies, any(self._is_mine(run) and run.state in GOING_ON for run in runs))
+
+    def _one_at_a_time(self, what: str, work: Callable[[], None]) -> None:
+        """One bad run or version must not stop the others."""
+        try:
+            work()
+        except (Unreachable, SiteRevoked):
+            raise
+        except MedHiveError as error:
+            log.warning("watch.problem", what=what, reason=error.code)
+            self._emit(Problem(what, str(error)))
+
+    def _deliver(self) -> None:
+        for item, error in consents.deliver(self._site):
+            if error is not None:
+                self._emit(Problem(f"{item.kind} of {item.created_at:%Y-%m-%d %H:%M}", str(error)))
+
+    # ---- runs ----------------------------------------------------------------------------------------------------
+
+    def _is_mine(self, run: RunAnswer) -> bool:
+        given = self._site.store.consent(run.id)
+        return given is not None and given.state in ("sending", "granted")
+
+    def _look_at_run(self, run: RunAnswer) -> None:
+        known = self._site.store.run(run.id)
+        seen = KnownRun(run.id, run.study, run.state, run.round, run.rounds, known is not None and known.announced)
+        if known != seen:
+            self._site.store.keep_run(seen)
+        if run.state is RunState.CONSENTING and self._site.store.consent(run.id) is None:
+            self._ask_consent(run)
+        if run.state in FINAL_RUN_STATES and not seen.announced:
+            self._announce_end(run, seen)
+
+    def _ask_consent(self, run: RunAnswer) -> None:
+        if run.id in self._asked:
+            return
+        self._asked.add(run.id)
+        try:
+            allowed = consents.permission(self._site, run)
+        except MedHiveError as error:
+            allowed = str(error)
+        if isinstance(allowed, str):
+            self._emit(ConsentWanted(run.id, run.study, run.rounds, run.requested_by, allowed))
+        else:
+            self._background(f"consent {run.id}", lambda: self._consent(run, allowed))
+
+    def _consent(self, run: RunAnswer, allowed: consents.Permission) -> None:
+        try:
+            check = consents.check_data(self._site, self._trainer, run.spec)
+            consents.grant(self._site, run, person=allowed.person, check=check, given_by=allowed.given_by)
+        except MedHiveError as error:
+            self._emit(ConsentFailed(run.id, str(error)))
+            return
+        self._emit(ConsentGiven(run.id, run.study, allowed.given_by, allowed.person))
+
+    def _announce_end(self, run: RunAnswer, seen: KnownRun) -> None:
+        if self._is_mine(run):
+            version = self._site.store.version(run.study, run.version) if run.version is not None else None
+            if run.version is not None and version is None:
+                return  # its file is still to come; the next look announces both
+            metrics = version.manifest.body.metrics if version is not None else {}
+            self._emit(
+                RunFinished(
+                    run_id=run.id,
+                    study=run.study,
+                    state=run.state,
+                    rounds=run.round,
+                    reason=run.reason,
+                    accuracy=metrics.get("val_accuracy"),
+                    loss=metrics.get("val_loss"),
+                    version=run.version,
+                    file=version.file if version is not None else None,
+                )
+            )
+        self._site.store.keep_run(replace(seen, announced=True))
+
+    # ---- versions ------------------------------------------------------------------------------------------------
+
+    def _look_at_versions(self, study: str) -> None:
+        for arrival in updates.sync_versions(self._site, study):
+            version = arrival.version
+            metrics = version.manifest.body.metrics
+            self._emit(VersionArrived(study, version.version, version.file, arrival.candidate, metrics))
+
+    # ---- the event log -------------------------------------------------------------------------------------------
+
+    def _look_at_head(self) -> None:
+        now = datetime.now(UTC)
+        if self._countersigned_at is not None and now - self._countersigned_at < COUNTERSIGN_EVERY:
+            return
+        head = self._site.gateway.head()
+        newest = self._site.store.newest_head()
+        try:
+            self._keep_head(head, newest.number if newest else 0)
+        except Conflict as error:
+            if not self._rewritten:
+                self._rewritten = True
+                self._emit(LogRewritten(str(error)))
+            return
+        if newest is None or newest.number != head.body.number or not newest.countersigned:
+            self._countersign(head)
+        self._countersigned_at = now
+
+    def _keep_head(self, head: Head, newest: int) -> None:
+        body = head.verify(self._site.identity.verify_key)
+        if body.number < newest:
+            raise Conflict(
+                f"The coordinator's event log was shortened: it ends at row {body.number}, and row {newest} was seen "
+                "before. Tell the coordinator, and keep site.db.",
+                number=body.number,
+                seen=newest,
+            )
+        self._site.store.keep_head(head)
+
+    def _countersign(self, head: Head) -> None:
+        body = CountersignBody(
+            site=self._site.name, number=head.body.number, hash=head.body.hash, seen_at=self._site.now()
+        )
+        self._site.gateway.post("/events/countersign", sign(body, self._site.consent_key))
+        self._site.store.keep_head(head, countersigned=True)
