@@ -89,11 +89,6 @@ def _run_started(event: events.RunStarted) -> Iterator[str]:
     yield f"  {'all':<{width}}  {sum(event.classes.values()):>6}"
 
 
-def _round_started(event: events.RoundStarted) -> Iterator[str]:
-    if event.kind == "train":
-        yield f"{event.run_id} round {event.round}/{event.rounds}"
-
-
 def _epoch_done(event: events.EpochDone) -> Iterator[str]:
     yield (
         f"{event.run_id} round {event.round}/{event.rounds}, epoch {event.epoch}/{event.epochs}: "
@@ -173,7 +168,6 @@ _WRITERS: Final[Mapping[type[events.NodeEvent], Callable[[Any], Iterator[str]]]]
     events.ConsentGiven: _consent_given,
     events.ConsentFailed: _consent_failed,
     events.RunStarted: _run_started,
-    events.RoundStarted: _round_started,
     events.EpochDone: _epoch_done,
     events.RoundDone: _round_done,
     events.RoundFailed: _round_failed,
