@@ -1,0 +1,200 @@
+"""`medhive-gateway serve`: opens the state folder, brings the database up to date, serves over TLS until told to stop."""
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from types import FrameType
+from typing import TextIO
+
+import structlog
+import uvicorn
+from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from api_gateway import accounts, auth, migrate
+from api_gateway.app import create_app
+from api_gateway.blobstore import BlobStore
+from api_gateway.db import Database
+from api_gateway.hub import Hub
+from api_gateway.models import Account, Version
+from api_gateway.settings import PREFIX, Settings, load_settings, read_secret_file
+from api_gateway.state import State, locked, open_state
+from api_gateway.work import Gateway
+from medhive import __version__
+from medhive.errors import InvalidInput, MedHiveError
+
+GRACEFUL_S = 3  # answers under way may finish; streams are ended at once
+BACKLOG = 512
+KEEP_ALIVE_S = 75  # hospitals poll; a connection that is kept saves them a TLS handshake
+
+
+class _Server(uvicorn.Server):
+    """Ends the event streams as soon as it is told to stop, and then leaves with success."""
+
+    def __init__(self, config: uvicorn.Config, hub: Hub) -> None:
+        super().__init__(config)
+        self._hub = hub
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        former = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._hub.close()
+        self.handle_exit(number, frame)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="medhive-gateway", description="MedHive's control plane.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("serve", help=f"serve; the settings are environment variables that begin with {PREFIX}")
+    parser.parse_args(arguments)
+    try:
+        serve(load_settings(), sys.stdout)
+    except MedHiveError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def serve(settings: Settings, out: TextIO) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        InvalidInput: a setting cannot be used, the port is taken, or the database does not answer.
+        IncompatibleVersion: the database belongs to a newer version.
+    """
+    configure_logging()
+    sock = bind(settings)
+    with sock:
+        gateway, password = build(settings)
+        _announce(gateway, sock, password, out)
+        config = uvicorn.Config(
+            create_app(gateway),
+            ssl_certfile=str(gateway.state.certificate_file),
+            ssl_keyfile=str(gateway.state.key_file),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=GRACEFUL_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        asyncio.run(_Server(config, gateway.hub).serve(sockets=[sock]))
+
+
+def configure_logging() -> None:
+    """JSON lines on stderr, with fixed event names; what libraries have to say too."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+
+
+def bind(settings: Settings) -> socket.socket:
+    """Take the port before anything else is touched.
+
+    Raises:
+        InvalidInput: it is taken, or the host is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((settings.host, settings.port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        place = f"{settings.host}:{settings.port}"
+        if error.errno == errno.EADDRINUSE:
+            raise InvalidInput(
+                f"Port {settings.port} on {settings.host} is in use by another program; stop it, or choose another with "
+                f"{PREFIX}PORT."
+            ) from error
+        raise InvalidInput(f"Cannot listen on {place}: {error.strerror or error}; check {PREFIX}HOST.") from error
+    return sock
+
+
+def build(settings: Settings) -> tuple[Gateway, str | None]:
+    """Open everything; returns the first admin's password when it was made up just now.
+
+    Raises:
+        InvalidInput: the state folder or the database cannot be used.
+    """
+    with locked(settings) as folder:
+        state = open_state(settings, folder)
+        database = Database(settings.database_address)
+        try:
+            migrate.upgrade(database)
+        except SQLAlchemyError as error:
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            raise InvalidInput(f"The database cannot be used: {cause}. Check {PREFIX}DATABASE_URL.") from error
+        gateway = assemble(settings, state, database)
+        return gateway, _first_admin(gateway)
+
+
+def assemble(settings: Settings, state: State, database: Database) -> Gateway:
+    """Put the parts together."""
+    return Gateway(settings, state, database, BlobStore(state.blobs), Hub(), lambda: datetime.now(UTC))
+
+
+def _first_admin(gateway: Gateway) -> str | None:
+    with gateway.database.read() as session:
+        if session.scalar(select(func.count()).select_from(Account)):
+            return None
+    path = gateway.settings.admin_password_file
+    given = read_secret_file(path, "ADMIN_PASSWORD_FILE") if path else None
+    password = given or auth.new_password()
+    with gateway.system_write() as work:
+        made = accounts.first_admin(work, auth.hash_password(password))
+    return password if made and not given else None
+
+
+def _announce(gateway: Gateway, sock: socket.socket, password: str | None, out: TextIO) -> None:
+    host, port = sock.getsockname()[:2]
+    lines = [
+        f"MedHive gateway {__version__}, {gateway.settings.coordinator_name}",
+        f"address: https://{f'[{host}]' if ':' in host else host}:{port}",
+        f"state folder: {gateway.state.folder.resolve()}",
+        f"database: {gateway.database.engine.url.render_as_string(hide_password=True)}",
+        f"fleet address told to hospitals: {gateway.settings.fleet_address}",
+        f"CA certificate: {(gateway.state.folder / 'tls' / 'ca.crt').resolve()}",
+        f"newest versions: {_newest(gateway) or 'none yet'}",
+    ]
+    if password is not None:
+        lines += [f"first start: log in as {accounts.FIRST_ADMIN}; this password is shown only now"]
+        lines += [f"admin password: {password}"]
+    out.write("\n".join(lines) + "\n")
+    out.flush()
+
+
+def _newest(gateway: Gateway) -> str:
+    query = select(Version.study, func.max(Version.number)).group_by(Version.study).order_by(Version.study)
+    with gateway.database.read() as session:
+        return ", ".join(f"{study} version {number}" for study, number in session.execute(query).tuples())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

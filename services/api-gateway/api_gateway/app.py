@@ -1,0 +1,102 @@
+"""The application: endpoints, errors, the frame around them, and the tasks that go on beside them."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+
+import structlog
+from fastapi import FastAPI
+from sqlalchemy import delete
+
+from api_gateway import __version__, blobs, errors, events, runs
+from api_gateway.http import Frame
+from api_gateway.models import Attempt, Token, UsedNonce
+from api_gateway.routes import blobs as blob_routes
+from api_gateway.routes import events as event_routes
+from api_gateway.routes import health, identity, sites, studies, versions
+from api_gateway.routes import runs as run_routes
+from api_gateway.work import Gateway
+from medhive.wire import API, Problem
+
+SETTLE_EVERY_S = 5.0  # how late a consent deadline may be noticed when nobody looks
+SWEEP_EVERY_S = 600.0
+RUN_BLOBS_KEPT = timedelta(hours=24)  # after a run's end, for whoever wants to look; a clean-up by hand does not wait
+TOKENS_KEPT = timedelta(days=7)  # after their expiry
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """Build the application around the process's parts."""
+    app = FastAPI(
+        title="MedHive gateway",
+        version=__version__,
+        openapi_url="/api/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=_lifespan,
+        responses={"4XX": {"model": Problem, "description": "Refused; the problem document says why."}},
+    )
+    app.state.gateway = gateway
+    app.state.mlflow_health = health.MlflowHealth(gateway.settings.mlflow_url)
+    errors.install(app)
+    for module in (identity, sites, studies, run_routes, blob_routes, versions, event_routes):
+        app.include_router(module.router, prefix=API)
+    app.include_router(health.router)
+    app.add_middleware(Frame)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    gateway: Gateway = app.state.gateway
+    gateway.hub.attach()
+    tasks = [
+        asyncio.create_task(_repeat(SETTLE_EVERY_S, "settle", lambda: runs.settle_due(gateway))),
+        asyncio.create_task(_repeat(SWEEP_EVERY_S, "sweep", lambda: sweep(gateway))),
+        asyncio.create_task(_watch(gateway)),
+    ]
+    yield
+    gateway.hub.close()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    gateway.database.close()
+
+
+async def _watch(gateway: Gateway) -> None:
+    def head() -> int:
+        with gateway.database.read() as session:
+            return events.head_number(session)
+
+    await _forever("watch", lambda: gateway.hub.watch(head))
+
+
+async def _repeat(every_s: float, name: str, step: Callable[[], object]) -> None:
+    async def once() -> None:
+        await asyncio.sleep(every_s)
+        await asyncio.to_thread(step)
+
+    await _forever(name, once)
+
+
+async def _forever(name: str, step: Callable[[], Awaitable[None]]) -> None:
+    """The outermost loop of a background task: a database that is away for a while must not end it."""
+    while True:
+        try:
+            await step()
+        except Exception:
+            log.exception("background.failed", task=name)
+            await asyncio.sleep(1.0)
+
+
+def sweep(gateway: Gateway) -> None:
+    """Forget what has run out, and delete the bytes that nothing needs."""
+    with gateway.system_write() as work:
+        session = work.session
+        session.execute(delete(Token).where(Token.expires_at <= work.now - TOKENS_KEPT))
+        session.execute(delete(UsedNonce).where(UsedNonce.expires_at <= work.now))
+        session.execute(delete(Attempt).where(Attempt.window_ends_at <= work.now))
+        blobs.release_finished_runs(work, work.now - RUN_BLOBS_KEPT)
+    blobs.sweep(gateway)

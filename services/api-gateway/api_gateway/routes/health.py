@@ -1,0 +1,98 @@
+"""Whether the gateway lives, whether it can work, and figures for the monitoring. Outside the versioned API."""
+
+import time
+from dataclasses import dataclass
+
+import httpx
+import structlog
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from api_gateway import events, runs, statistics
+from api_gateway.http import gateway_of
+from api_gateway.work import Caller, Gateway
+from medhive import __version__
+from medhive.states import Role
+
+router = APIRouter(tags=["health"])
+MLFLOW_TIMEOUT_S = 2.0  # it is only asked whether it lives
+MLFLOW_ASKED_EVERY_S = 5.0
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class MlflowHealth:
+    """The tracking server's last known health, so that a look at /ready seldom waits for it."""
+
+    url: str | None
+    asked_at: float = float("-inf")
+    state: str = "not configured"
+
+    def ask(self) -> str:
+        """`ok`, `unreachable` or `not configured`."""
+        if self.url and time.monotonic() - self.asked_at > MLFLOW_ASKED_EVERY_S:
+            self.state, self.asked_at = self._probe(self.url), time.monotonic()
+        return self.state
+
+    def _probe(self, url: str) -> str:
+        try:
+            # Only its life is asked for, and nothing told: its certificate need not be known here.
+            answer = httpx.get(url.rstrip("/") + "/health", timeout=MLFLOW_TIMEOUT_S, verify=False)  # noqa: S501
+        except httpx.HTTPError:
+            return "unreachable"
+        return "ok" if answer.is_success else "unreachable"
+
+
+@router.get("/health")
+def health() -> dict[str, str]:
+    """The process lives."""
+    return {"status": "alive", "version": __version__}
+
+
+@router.get("/ready", responses={503: {"description": "The database does not answer."}})
+def ready(request: Request) -> JSONResponse:
+    """The database answers; a missing tracking server only degrades."""
+    gateway = gateway_of(request)
+    database = _database_state(gateway)
+    mlflow = request.app.state.mlflow_health.ask()
+    good = database == "ok"
+    status = "unavailable" if not good else "degraded" if mlflow == "unreachable" else "ready"
+    return JSONResponse({"status": status, "database": database, "mlflow": mlflow}, status_code=200 if good else 503)
+
+
+def _database_state(gateway: Gateway) -> str:
+    try:
+        with gateway.database.read() as session:
+            session.execute(text("SELECT 1"))
+    except SQLAlchemyError as error:
+        log.warning("database.unreachable", error=type(error).__name__)
+        return "unreachable"
+    return "ok"
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+def metrics(request: Request) -> PlainTextResponse:
+    """Figures in Prometheus' text format; not for the outside, where the proxy does not pass it on."""
+    gateway = gateway_of(request)
+    with gateway.unit(gateway.database.read, Caller(Role.ANALYST, "monitoring"), "") as work:
+        figures = statistics.compute(work)
+        head = events.head_number(work.session)
+        states = runs.counts(work)
+    lines = [f'medhive_runs{{state="{state}"}} {number}' for state, number in sorted(states.items())]
+    gauges = {
+        "sites_active": figures.sites,
+        "versions": figures.versions,
+        "blob_bytes": figures.blob_bytes,
+        "rounds_bytes_down": figures.bytes_down,
+        "rounds_bytes_up": figures.bytes_up,
+        "events": head,
+        "event_streams": gateway.hub.streams,
+    }
+    lines = ["# TYPE medhive_runs gauge", *lines]
+    for name, value in gauges.items():
+        lines += [f"# TYPE medhive_{name} gauge", f"medhive_{name} {value}"]
+    return PlainTextResponse("\n".join(lines) + "\n", media_type=METRICS_TYPE)

@@ -1,0 +1,97 @@
+"""The gateway's state folder: what is made at the first start, and who may make it.
+
+The folder holds keys, certificates, the aggregator's token, the blobs and, without another setting, the database. Several
+gateway processes may share it (beside one PostgreSQL); so only the making is under a lock, never the serving.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from api_gateway.settings import Settings
+from api_gateway.tls import Authority
+from medhive.errors import InvalidInput
+from medhive.signing import SigningKey, write_secret
+
+TOKEN_BYTES = 32  # of every random secret: beyond guessing
+
+
+@dataclass(frozen=True)
+class State:
+    """What the state folder holds, loaded."""
+
+    folder: Path
+    authority: Authority
+    coordinator_key: SigningKey
+    server_token_sha256: str
+
+    @property
+    def certificate_file(self) -> Path:
+        """The gateway's own certificate."""
+        return self.folder / "tls" / "server.crt"
+
+    @property
+    def key_file(self) -> Path:
+        """The gateway's own key."""
+        return self.folder / "tls" / "server.key"
+
+    @property
+    def blobs(self) -> Path:
+        """The blob store's folder."""
+        return self.folder / "blobs"
+
+
+@contextlib.contextmanager
+def locked(settings: Settings) -> Iterator[Path]:
+    """Make the state folder (mode 0700) and hold its lock: one process at a time makes keys and migrates.
+
+    Raises:
+        InvalidInput: the folder cannot be made or written.
+    """
+    folder = settings.state_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        descriptor = os.open(folder / "start.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise InvalidInput(
+            f"MEDHIVE_GATEWAY_STATE_DIR names {folder}, which cannot be made or written: {error}."
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(descriptor)
+
+
+def open_state(settings: Settings, folder: Path) -> State:
+    """Load the folder's content, making whatever is missing; call under `locked`."""
+    tls = folder / "tls"
+    tls.mkdir(mode=0o700, exist_ok=True)
+    (folder / "blobs").mkdir(mode=0o700, exist_ok=True)
+    authority = Authority.open(tls, settings.coordinator_name)
+    now = datetime.datetime.now(datetime.UTC)
+    for name in ("server", "superlink"):
+        authority.ensure_leaf(tls, name, settings.public_names, now)
+    token = _ensure_secret(folder / "secrets" / "server-token")
+    return State(folder, authority, _coordinator_key(folder), hashlib.sha256(token.encode()).hexdigest())
+
+
+def _coordinator_key(folder: Path) -> SigningKey:
+    path = folder / "secrets" / "coordinator.key"
+    if not path.exists():
+        SigningKey.generate().save(path)
+    return SigningKey.load(path)
+
+
+def _ensure_secret(path: Path) -> str:
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        write_secret(path, secrets.token_urlsafe(TOKEN_BYTES).encode())
+    return path.read_text().strip()
