@@ -263,7 +263,7 @@ class Trainer:
         found: list[dict[str, Any]] = []
         for path in job.paths:
             for item in workspace.predict(weights, [path]):
-                found.append(_prediction(item))
+                found.append({"path": str(path), **_prediction(item)})
             yield Reading(id=job.id, done=len(found), total=len(job.paths))
         return {"predictions": found}
 
@@ -332,7 +332,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, the machine's or the GPU's, was short."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in MEMORY_WORDS)
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(
+        word in str(error).lower() for word in MEMORY_WORDS
+    )
 
 
 def _training(

@@ -1,0 +1,273 @@
+"""The trainer: one warm child, several runs in turn, and what becomes of them when it dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from site_data import IMAGES, TABLE, make_images, make_table
+
+from fl_client.jobs import Cancelled, Epoch, Failed, Finished, Job, JobEvent, JobFailed, JobKind, Plan, Source, Started
+from fl_client.limits import Limits
+from fl_client.trainer import Ticket, Trainer, child_environment
+from medhive.packing import read_weights, sha256_file
+
+DEADLINE_S = 60.0
+ONE_THREAD = Limits(cpu_threads=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Iterator[Trainer]:
+    with Trainer(lambda: ONE_THREAD) as trainer:
+        yield trainer
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return source_of(tmp_path_factory.mktemp("site"), "image-folder")
+
+
+def source_of(folder: Path, task: str) -> Source:
+    secret = folder / "data.secret"
+    secret.write_bytes(b"s" * 32)
+    if task == "image-folder":
+        return Source(task=task, data=IMAGES, data_dir=make_images(folder / "data"), secret_file=secret)
+    make_table(folder / "data")
+    return Source(task=task, data=TABLE, data_dir=folder / "data", secret_file=secret)
+
+
+def training(source: Source, folder: Path, name: str, *, epochs: int = 2, **more: object) -> Job:
+    plan = Plan(round=1, rounds=2, local_epochs=epochs, batch_size=16, seed=3, state_out=folder / f"{name}.state")
+    fields = {"weights": {"base": folder / "base.safetensors"}, "plan": plan, "out": folder / f"{name}.safetensors"}
+    return Job.model_validate({"id": name, "kind": JobKind.TRAIN, "source": source, "device": "cpu", **fields, **more})
+
+
+def make_base(trainer: Trainer, source: Source, folder: Path) -> None:
+    out = folder / "base.safetensors"
+    trainer.run(Job(id="initialise", kind=JobKind.INITIALISE, source=source, device="cpu", out=out))
+
+
+def started(ticket_events: list[JobEvent]) -> bool:
+    return any(isinstance(event, Started) for event in ticket_events)
+
+
+def wait_for(condition: object, deadline_s: float = DEADLINE_S) -> None:
+    until = time.monotonic() + deadline_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.02)
+
+
+def test_trains_a_round_and_writes_an_update(trainer: Trainer, images: Source, tmp_path: Path) -> None:
+    make_base(trainer, images, tmp_path)
+    events: list[JobEvent] = []
+    result = trainer.run(training(images, tmp_path, "a"), events.append)
+    assert result["digest"] == sha256_file(tmp_path / "a.safetensors")
+    assert result["examples"] > 0
+    assert {"val_accuracy", "val_loss", "train_loss", "train_accuracy"} <= result["metrics"].keys()
+    assert [event.epoch for event in events if isinstance(event, Epoch)] == [1, 2]
+    assert sum(map(sum, result["confusion"])) > 0
+
+
+def test_the_same_plan_gives_the_same_bits_alone_and_in_company(
+    trainer: Trainer, images: Source, tmp_path: Path
+) -> None:
+    make_base(trainer, images, tmp_path)
+    alone = trainer.run(training(images, tmp_path, "alone"))
+    tickets = [trainer.submit(training(images, tmp_path, name)) for name in ("left", "right")]
+    assert {ticket.result()["digest"] for ticket in tickets} == {alone["digest"]}
+
+
+def test_a_short_run_is_not_held_up_by_a_long_one(trainer: Trainer, images: Source, tmp_path: Path) -> None:
+    make_base(trainer, images, tmp_path)
+    long = trainer.submit(training(images, tmp_path, "long", epochs=100))
+    short = trainer.submit(training(images, tmp_path, "short", epochs=1))
+    assert short.wait(DEADLINE_S)
+    assert long.outcome is None
+    trainer.cancel(long)
+    with pytest.raises(Cancelled):
+        long.result()
+
+
+def test_cancelling_stops_one_run_and_leaves_the_child_warm(trainer: Trainer, images: Source, tmp_path: Path) -> None:
+    make_base(trainer, images, tmp_path)
+    process = trainer.process_id
+    ticket = trainer.submit(training(images, tmp_path, "long", epochs=100))
+    trainer.cancel(ticket)
+    trainer.run(training(images, tmp_path, "next", epochs=1))
+    assert trainer.process_id == process
+
+
+def test_a_killed_child_is_out_of_memory_and_the_next_job_works(
+    trainer: Trainer, images: Source, tmp_path: Path
+) -> None:
+    make_base(trainer, images, tmp_path)
+    events: list[JobEvent] = []
+    ticket = trainer.submit(training(images, tmp_path, "big", epochs=100), events.append)
+    wait_for(lambda: started(events))
+    os.kill(trainer.process_id or 0, signal.SIGKILL)
+    with pytest.raises(JobFailed) as caught:
+        ticket.result()
+    assert caught.value.cause_code == "out-of-memory"
+    assert trainer.run(training(images, tmp_path, "next", epochs=1))["examples"] > 0
+
+
+def test_when_a_child_with_two_runs_dies_both_are_tried_again(trainer: Trainer, images: Source, tmp_path: Path) -> None:
+    make_base(trainer, images, tmp_path)
+    events: list[JobEvent] = []
+    tickets = [trainer.submit(training(images, tmp_path, name, epochs=4), events.append) for name in ("left", "right")]
+    wait_for(lambda: sum(isinstance(event, Started) for event in events) == 2)
+    os.kill(trainer.process_id or 0, signal.SIGKILL)
+    assert len({ticket.result()["digest"] for ticket in tickets}) == 1
+
+
+def test_a_job_without_memory_is_answered_with_the_reason(images: Source, tmp_path: Path) -> None:
+    with Trainer(lambda: ONE_THREAD) as free:
+        make_base(free, images, tmp_path)
+    # The libraries alone take more address space than this.
+    tight = Limits(cpu_threads=1, memory_bytes=700 * 1024 * 1024, device="cpu")
+    with Trainer(lambda: tight) as trainer, pytest.raises(JobFailed) as caught:
+        trainer.run(training(images, tmp_path, "big"))
+    assert caught.value.cause_code in ("out-of-memory", "trainer-crashed")
+
+
+def test_a_paused_trainer_waits_and_goes_on(trainer: Trainer, images: Source, tmp_path: Path) -> None:
+    make_base(trainer, images, tmp_path)
+    trainer.pause(True)
+    events: list[JobEvent] = []
+    ticket = trainer.submit(training(images, tmp_path, "a", epochs=1), events.append)
+    # People's own questions are answered meanwhile, so the child has certainly seen the training too.
+    trainer.run(Job(id="check", kind=JobKind.CHECK, source=images))
+    assert not started(events)
+    trainer.pause(False)
+    assert ticket.wait(DEADLINE_S)
+    assert started(events)
+
+
+def test_changed_data_are_refused(trainer: Trainer, images: Source, tmp_path: Path) -> None:
+    make_base(trainer, images, tmp_path)
+    report = trainer.run(Job(id="check", kind=JobKind.CHECK, source=images))
+    trainer.run(training(images, tmp_path, "a", epochs=1, fingerprint=report["fingerprint"]))
+    with pytest.raises(JobFailed) as caught:
+        trainer.run(training(images, tmp_path, "b", epochs=1, fingerprint="0" * 64))
+    assert caught.value.cause_code == "data-changed"
+
+
+def test_other_weights_than_the_studys_are_refused(trainer: Trainer, images: Source, tmp_path: Path) -> None:
+    other = source_of(tmp_path, "tabular")
+    make_base(trainer, other, tmp_path)
+    with pytest.raises(JobFailed) as caught:
+        trainer.run(training(images, tmp_path, "a"))
+    assert caught.value.cause_code == "wrong-architecture"
+
+
+def test_an_optimiser_state_carries_over_and_the_repeat_is_exact(
+    trainer: Trainer, images: Source, tmp_path: Path
+) -> None:
+    make_base(trainer, images, tmp_path)
+    trainer.run(training(images, tmp_path, "one"))
+
+    def second(name: str) -> Job:
+        plan = Plan(round=2, rounds=2, local_epochs=1, batch_size=16, state_in=tmp_path / "one.state")
+        weights = {"base": tmp_path / "one.safetensors"}
+        return training(images, tmp_path, name, plan=plan, weights=weights)
+
+    assert trainer.run(second("two"))["digest"] == trainer.run(second("again"))["digest"]
+
+
+def test_a_table_is_trained_with_the_statistics_of_all(trainer: Trainer, tmp_path: Path) -> None:
+    source = source_of(tmp_path, "tabular")
+    sums = trainer.run(Job(id="sums", kind=JobKind.STATISTICS, source=source))["statistics"]
+    assert sums["examples"][0] > 0
+    pooled = source.model_copy(update={"statistics": sums})
+    make_base(trainer, pooled, tmp_path)
+    result = trainer.run(training(pooled, tmp_path, "a", epochs=5))
+    assert result["metrics"]["train_accuracy"] > 0.7
+    judged = trainer.run(
+        Job(
+            id="judge",
+            kind=JobKind.JUDGE,
+            source=pooled,
+            weights={"candidate": tmp_path / "a.safetensors", "champion": tmp_path / "base.safetensors"},
+        )
+    )
+    better, worse = (judged["evaluations"][name]["accuracy"]["value"] for name in ("candidate", "champion"))
+    assert better > worse
+    assert judged["comparisons"]["champion"]["difference"]["value"] == pytest.approx(better - worse)
+
+
+def test_a_local_only_model_has_the_studys_layout(trainer: Trainer, tmp_path: Path) -> None:
+    source = source_of(tmp_path, "tabular")
+    make_base(trainer, source, tmp_path)
+    plan = Plan(round=1, rounds=3, local_epochs=5, batch_size=32)
+    out = tmp_path / "own.safetensors"
+    trainer.run(Job(id="own", kind=JobKind.LOCAL_ONLY, source=source, plan=plan, out=out))
+    assert read_weights(out).keys() == read_weights(tmp_path / "base.safetensors").keys()
+
+
+def test_a_child_that_cannot_start_fails_its_jobs(tmp_path: Path, images: Source) -> None:
+    with Trainer(lambda: ONE_THREAD, (sys.executable, "-c", "raise SystemExit(3)")) as trainer:
+        ticket = trainer.submit(Job(id="check", kind=JobKind.CHECK, source=images))
+        with pytest.raises(JobFailed) as caught:
+            ticket.result()
+    assert caught.value.cause_code == "trainer-crashed"
+
+
+def test_closing_ends_the_child_and_every_job(images: Source, tmp_path: Path) -> None:
+    trainer = Trainer(lambda: ONE_THREAD)
+    make_base(trainer, images, tmp_path)
+    ticket = trainer.submit(training(images, tmp_path, "long", epochs=100))
+    process = trainer.process_id
+    trainer.close()
+    with pytest.raises(Cancelled):
+        ticket.result()
+    wait_for(lambda: not alive(process))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux' kernel tells a child of its parent's end")
+def test_the_child_dies_with_a_killed_parent(tmp_path: Path, images: Source) -> None:
+    script = (
+        "import sys, time\n"
+        "from fl_client.jobs import Job\n"
+        "from fl_client.trainer import Trainer\n"
+        "trainer = Trainer()\n"
+        "trainer.run(Job.model_validate_json(sys.argv[1]))\n"
+        "print(trainer.process_id, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    job = Job(id="check", kind=JobKind.CHECK, source=images).model_dump_json()
+    with subprocess.Popen([sys.executable, "-c", script, job], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert alive(child)
+        parent.kill()
+    wait_for(lambda: not alive(child), 5)
+
+
+def alive(process: int | None) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_the_childs_environment_has_the_threads_and_no_invite() -> None:
+    environment = child_environment({"JOIN_TOKEN": "mh1.secret", "PATH": "/bin"}, Limits(cpu_threads=3))
+    assert environment == {
+        "PATH": "/bin",
+        "OMP_NUM_THREADS": "3",
+        "MKL_NUM_THREADS": "3",
+        "OPENBLAS_NUM_THREADS": "3",
+    }
+
+
+def test_a_ticket_keeps_its_first_outcome(images: Source) -> None:
+    ticket = Ticket(Job(id="a", kind=JobKind.CHECK, source=images))
+    ticket.settle(Finished(id="a", result={"x": 1}))
+    ticket.settle(Failed(id="a", code="late", message=""))
+    assert ticket.result() == {"x": 1}
