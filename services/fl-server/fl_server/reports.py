@@ -91,6 +91,22 @@ def round_report(
     )
 
 
+def final_sites(last: RoundReport | None, judged: tuple[SiteRound, ...]) -> tuple[SiteRound, ...]:
+    """The sites behind the final weights: what each gave to the last round, with what it says of the result.
+
+    A site that trained and then did not judge has its part in the weights all the same.
+    """
+    if last is None:
+        return judged
+    verdicts = {site.site: site for site in judged if site.answered}
+    return tuple(_with_verdict(site, verdicts.get(site.site)) for site in last.sites)
+
+
+def _with_verdict(site: SiteRound, verdict: SiteRound | None) -> SiteRound:
+    metrics, confusion = (verdict.metrics, verdict.confusion) if verdict else ({}, [])
+    return site.model_copy(update={"metrics": metrics, "confusion": confusion})
+
+
 def scores_of(collected: Collected, classes: Sequence[str]) -> list[Scores]:
     """The believable numbers of every answer, in the order of names."""
     return [Scores.of(answer.body, classes) for answer in collected.answers.values()]

@@ -36,6 +36,7 @@ from fl_server.reports import (
     Timing,
     confusion_of,
     end_line,
+    final_sites,
     round_line,
     round_report,
     scores_of,
@@ -348,7 +349,7 @@ class RunLoop:
             digest=last.weights_digest,
             metrics=pooled_metrics(scores, self._classes),
             confusion=confusion_of(scores),
-            sites=site_rounds(collected, left_out, self._classes),
+            sites=final_sites(last.report, site_rounds(collected, left_out, self._classes)),
             statistics=last.statistics,
         )
 

@@ -412,13 +412,14 @@ def _panels(values: Sequence[Value]) -> dict[str, dict[str, Curve]]:
     wanted = {"accuracy": ("val_accuracy", "val_macro_f1", "train_accuracy"), "loss": ("val_loss", "train_loss")}
     panels: dict[str, dict[str, Curve]] = {}
     for title, names in wanted.items():
-        curves = {
-            name: sorted({value.step: value.value for value in values if value.name == name}.items()) for name in names
-        }
-        found = {name: curve for name, curve in curves.items() if curve}
+        found = {name: curve for name in names if (curve := _curve(values, name))}
         if found:
-            panels[title] = cast("dict[str, Curve]", found)
+            panels[title] = found
     return panels
+
+
+def _curve(values: Sequence[Value], name: str) -> Curve:
+    return sorted({value.step: value.value for value in values if value.name == name}.items())
 
 
 def _aliases(versions: Sequence[VersionAnswer]) -> dict[str, str]:
