@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import datetime
+from types import TracebackType
+from typing import Protocol
 
 import structlog
 
@@ -57,16 +59,60 @@ FAST_AFTER_TASK_S = 15.0
 log = structlog.get_logger()
 
 
+class Fleet(Protocol):
+    """A connection to the fleet, as `fl_client.flower.FleetConnection` is one."""
+
+    def __enter__(self) -> "Fleet":
+        """Connect."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Say goodbye."""
+
+    def receive(self) -> Inbound | None:
+        """The next message, or None."""
+
+    def reply(self, inbound: Inbound, payload: bytes) -> bool:
+        """Answer a message; False when nobody wants the answer."""
+
+    def close(self) -> None:
+        """End every wait."""
+
+
+OpenFleet = Callable[[Site, Callable[[Outage | None], None]], Fleet]
+
+
+def open_fleet(site: Site, on_outage: Callable[[Outage | None], None]) -> Fleet:
+    """The connection to the coordinator's SuperLink, with this site's node key and corrected clock."""
+    return FleetConnection(
+        address=site.identity.fleet_url,
+        tls=site.identity.tls(site.settings.extra_ca_file),
+        node_key=site.keys.node_file,
+        node_file=site.settings.state_dir / "node.id",
+        clock_offset=lambda: site.gateway.clock_offset_s,
+        on_outage=on_outage,
+    )
+
+
 class Node:
     """A hospital's node. `run` blocks until `stop` is called or the site is no longer wanted."""
 
-    def __init__(self, site: Site, listener: Listener, trainer: Trainer | None = None) -> None:
+    def __init__(
+        self,
+        site: Site,
+        listener: Listener,
+        trainer: Trainer | None = None,
+        open_fleet: OpenFleet = open_fleet,
+    ) -> None:
         """Start nothing yet.
 
         Args:
             listener: told what happens, on the node's threads, one call at a time.
             trainer: where the work is done; one of the node's own when left out.
+            open_fleet: makes a connection to the fleet, again after each that has failed.
         """
+        self._open_fleet = open_fleet
         self._site = site
         self._listener = listener
         self._listening = threading.Lock()
@@ -81,7 +127,7 @@ class Node:
         self._in_work: dict[tuple[str, str, int, str], Assignment] = {}
         self._background: set[str] = set()
         self._lock = threading.Lock()
-        self._fleet: FleetConnection | None = None
+        self._fleet: Fleet | None = None
         self._fleet_away: Outage | None = None
         self._fast_until = 0.0
         self._busy = False
@@ -274,15 +320,7 @@ class Node:
                 self._stopping.wait(REFUSED_WAIT_S)
 
     def _serve_fleet(self) -> None:
-        identity, settings = self._site.identity, self._site.settings
-        connection = FleetConnection(
-            address=identity.fleet_url,
-            tls=identity.tls(settings.extra_ca_file),
-            node_key=self._site.keys.node_file,
-            node_file=settings.state_dir / "node.id",
-            clock_offset=lambda: self._site.gateway.clock_offset_s,
-            on_outage=self._on_outage,
-        )
+        connection = self._open_fleet(self._site, self._on_outage)
         self._fleet = connection
         if self._stopping.is_set():
             return
