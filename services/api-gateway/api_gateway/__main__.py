@@ -181,11 +181,11 @@ def _announce(gateway: Gateway, sock: socket.socket, password: str | None, out: 
         f"database: {gateway.database.engine.url.render_as_string(hide_password=True)}",
         f"fleet address told to hospitals: {gateway.settings.fleet_address}",
         f"CA certificate: {(gateway.state.folder / 'tls' / 'ca.crt').resolve()}",
-        f"newest versions: {_newest(gateway) or 'none yet'}",
     ]
     if password is not None:
         lines += [f"first start: log in as {accounts.FIRST_ADMIN}; this password is shown only now"]
         lines += [f"admin password: {password}"]
+    lines += [f"newest versions: {_newest(gateway) or 'none yet'}"]
     out.write("\n".join(lines) + "\n")
     out.flush()
 
