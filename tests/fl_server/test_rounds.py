@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from round_world import CLASSES, DEADLINE_S, Crash, DictDesk, Hospital, World, replayed
 
+from fl_server.flower import ReplyError
 from fl_server.gateway import RunOver
 from medhive.envelope import ContributionBody, TaskBody, TaskType, to_bytes
 from medhive.packing import read_weights, write_weights
@@ -302,11 +303,40 @@ def test_a_consent_that_does_not_hold_addresses_nobody(tmp_path: Path, field: st
     assert "not addressed" in world.dropped(1)["b"]
 
 
-def test_a_revoked_site_has_no_node_and_is_left_out(tmp_path: Path) -> None:
+def test_a_site_revoked_within_a_round_is_dropped_at_once_and_not_asked_again(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.exchange.gone.add(2)
+
+    def revoked(hospital: Hospital, _: TaskBody, __: ContributionBody) -> ReplyError:
+        hospital.desk.revoked.add("b")
+        world.exchange.unknown[2] = 99
+        return ReplyError.NODE_OFFLINE
+
+    world.sites["b"].changes[TRAIN, 2] = revoked
+    assert world.run().state == "completed"
+    assert "revoked" in world.dropped(2)["b"]
+    assert world.desk.reported[2].seconds < 5
+    assert world.asked(TRAIN, 3) == ["a", "c"]
+
+
+def test_a_node_that_has_never_connected_is_asked_once_it_has(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.exchange.unknown[2] = 3
     world.run()
-    assert "revoked" in world.dropped(1)["b"]
+    assert world.dropped(1) == {}
+    assert world.asked(TRAIN, 1) == ["a", "c", "b"]
+
+
+def test_a_node_that_goes_offline_is_asked_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    def offline_once(hospital: Hospital, _: TaskBody, __: ContributionBody) -> ReplyError:
+        hospital.changes.clear()
+        return ReplyError.NODE_OFFLINE
+
+    world.sites["b"].changes[TRAIN, 1] = offline_once
+    world.run()
+    assert world.dropped(1) == {}
+    assert world.asked(TRAIN, 1) == ["a", "b", "c", "b"]
 
 
 def test_a_stop_ends_the_run_within_the_round(tmp_path: Path) -> None:

@@ -142,17 +142,18 @@ def initial_weights(seed: int) -> dict[str, Any]:
 
 
 class DictExchange:
-    """Delivers at once. `foreign` are replies that some node sends to other nodes' messages before the real one comes."""
+    """Delivers at once. `foreign` are replies that come before the real ones; `unknown` nodes refuse so many messages."""
 
     def __init__(self, hospitals: Sequence[Hospital]) -> None:
         self.by_node = {hospital.node_id: hospital for hospital in hospitals}
         self.queue: list[Reply] = []
         self.sent: list[tuple[str, TaskBody]] = []
         self.foreign: dict[tuple[str, int], list[bytes]] = defaultdict(list)
-        self.gone: set[int] = set()
+        self.unknown: dict[int, int] = {}
 
     def send(self, node_id: int, payload: bytes, ttl_s: float) -> str:
-        if node_id in self.gone:
+        if self.unknown.get(node_id, 0):
+            self.unknown[node_id] -= 1
             raise NodeUnknown("The node is not registered.")
         assert ttl_s > 0
         hospital = self.by_node[node_id]
@@ -190,6 +191,7 @@ class DictDesk:
         self.crash_after: int | None = None
         self.away = 0
         self.hospitals: list[Hospital] = []
+        self.revoked: set[str] = set()
         self.on_look: Callable[[DictDesk], None] = lambda _: None
         self.run = RunAnswer(
             id=run_id,
@@ -257,7 +259,7 @@ class DictDesk:
         return self.run
 
     def nodes(self) -> Mapping[str, int]:
-        return {hospital.name: hospital.node_id for hospital in self.hospitals}
+        return {item.name: item.node_id for item in self.hospitals if item.name not in self.revoked}
 
     def rounds(self) -> list[RoundAnswer]:
         return [

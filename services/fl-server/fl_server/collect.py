@@ -9,7 +9,7 @@ it may have had to wait for another run; a site that shows no sign of life is gi
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -236,12 +236,23 @@ class Collector:
         exchange: the way to the nodes; used from the calling thread alone.
         watch: the run's view, for stops, withdrawals and the start of trainings.
         key: signs every task.
+        nodes: each site's registered node, asked where Flower does not know one.
         accept: makes an answer of a verified contribution (fetches and checks its update), on another thread; what it
             raises drops the site, except `NoSpace`, which is the aggregator's own trouble.
     """
 
-    def __init__(self, *, exchange: Exchange, watch: Watch, key: SigningKey, clock: Clock, accept: Accept) -> None:
+    def __init__(
+        self,
+        *,
+        exchange: Exchange,
+        watch: Watch,
+        key: SigningKey,
+        clock: Clock,
+        nodes: Callable[[], Mapping[str, int]],
+        accept: Accept,
+    ) -> None:
         self._exchange = exchange
+        self._nodes = nodes
         self._watch = watch
         self._key = key
         self._clock = clock
@@ -280,6 +291,10 @@ class Collector:
     @property
     def clock(self) -> Clock:
         return self._clock
+
+    def nodes(self) -> Mapping[str, int]:
+        """Each site's registered node."""
+        return self._nodes()
 
     def envelope(self, task: TaskBody) -> bytes:
         """The task, signed."""
@@ -349,7 +364,17 @@ class _Call:
         try:
             seat.message_id = self._by.exchange.send(seat.member.node_id, self._by.envelope(seat.task), ttl_s)
         except NodeUnknown:
+            self._on_unknown_node(seat)
+
+    def _on_unknown_node(self, seat: _Seat) -> None:
+        """Flower takes messages for no node that it does not know, nor for one that has never been online."""
+        node_id = self._by.nodes().get(seat.member.site)
+        if node_id is None:
             self._drop(seat.member.site, "its node is not registered any more; it was revoked or has left")
+            return
+        self._log.info("site.away", site=seat.member.site, reason="its node has not connected yet")
+        seat.member = replace(seat.member, node_id=node_id)
+        seat.ask_again_at = self._by.clock.monotonic() + ASK_AGAIN_S
 
     def _ask_again(self) -> None:
         now = self._by.clock.monotonic()

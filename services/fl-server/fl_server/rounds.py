@@ -396,7 +396,12 @@ class RunLoop:
         self, question: Question, members: Sequence[Member], accept: Accept, given: Mapping[str, Answer] | None = None
     ) -> Collected:
         collector = Collector(
-            exchange=self._exchange, watch=self._watch, key=self._key, clock=self._clock, accept=accept
+            exchange=self._exchange,
+            watch=self._watch,
+            key=self._key,
+            clock=self._clock,
+            nodes=self._desk.nodes,
+            accept=accept,
         )
         return collector.collect(question, members, given or {})
 
