@@ -110,16 +110,17 @@ class Demo:
         elif self.test_folder is None:
             source, self.test_folder = self._keep_unseen(source)
         self._split(source, len(self.sites), None, self.folder / "split")
-        for index, site in enumerate(self.sites):
+        for site, part in zip(self.sites, _parts(self.folder / "split"), strict=True):
             home = self.stack.site_folder(site)
             home.mkdir(parents=True)
-            _numbered(self.folder / "split", index).rename(home / "data")
+            part.rename(home / "data")
         return sorted(path.name for path in source.iterdir() if path.is_dir())
 
     def _keep_unseen(self, source: Path) -> tuple[Path, Path]:
         out = self.folder / "unseen-split"
         self._split(source, 2, SHARES, out)
-        return _numbered(out, 0), _numbered(out, 1)
+        known, unseen = _parts(out)
+        return known, unseen
 
     def _split(self, source: Path, sites: int, shares: str | None, out: Path) -> None:
         share = ["--shares", shares] if shares else ["--sites", str(sites)]
@@ -254,8 +255,9 @@ def shown(text: str) -> str:
     return text
 
 
-def _numbered(folder: Path, index: int) -> Path:
-    return sorted(path for path in folder.iterdir() if path.is_dir())[index]
+def _parts(folder: Path) -> list[Path]:
+    """The sites' folders that `medhive-site split` made, in order."""
+    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: int(path.name.split("_")[-1]))
 
 
 def scores(predictions: Any, classes: Sequence[str]) -> dict[str, Any]:

@@ -235,8 +235,13 @@ class Stack:
                 "MEDHIVE_SERVER_TLS_CERT": str(self.gateway_state / "tls" / "superlink.crt"),
                 "MEDHIVE_SERVER_TLS_KEY": str(self.gateway_state / "tls" / "superlink.key"),
             }
-            | ({"MEDHIVE_SERVER_MLFLOW_URL": self.mlflow_url} if self.mlflow else {})
+            | self._tracking_env()
         )
+
+    def _tracking_env(self) -> dict[str, str]:
+        if not self.mlflow:
+            return {}
+        return {"MEDHIVE_SERVER_MLFLOW_URL": self.mlflow_url, "MEDHIVE_SERVER_MLFLOW_CA_FILE": str(self.ca_file)}
 
     def admin_env(self) -> dict[str, str]:
         """Environment of `medhive-admin`."""
@@ -279,15 +284,15 @@ class Stack:
 
     def start_mlflow(self) -> None:
         """Start the tracking server over TLS, with the certificate that the gateway made for this machine."""
-        script = Path(__file__).parents[2] / "services" / "mlflow" / "entrypoint.sh"
+        script = Path(__file__).parents[2] / "services" / "mlflow" / "serve.py"
         env = self._base_env() | {
-            "MLFLOW_STATE_DIR": str(self.folder / "coordinator" / "mlflow"),
-            "MLFLOW_HOST": "127.0.0.1",
-            "MLFLOW_PORT": str(self.ports["mlflow"]),
-            "MLFLOW_TLS_CERT": str(self.gateway_state / "tls" / "server.crt"),
-            "MLFLOW_TLS_KEY": str(self.gateway_state / "tls" / "server.key"),
+            "MEDHIVE_MLFLOW_STATE_DIR": str(self.folder / "coordinator" / "mlflow"),
+            "MEDHIVE_MLFLOW_HOST": "127.0.0.1",
+            "MEDHIVE_MLFLOW_PORT": str(self.ports["mlflow"]),
+            "MEDHIVE_MLFLOW_TLS_CERT": str(self.gateway_state / "tls" / "server.crt"),
+            "MEDHIVE_MLFLOW_TLS_KEY": str(self.gateway_state / "tls" / "server.key"),
         }
-        program = self._program("mlflow", ["bash", str(script)], env)
+        program = self._program("mlflow", [sys.executable, str(script)], env)
         wait_until(self._mlflow_ready, "MLflow's /health", START_DEADLINE_S, program.require_running)
 
     def _mlflow_ready(self) -> bool:
@@ -298,7 +303,7 @@ class Stack:
     def start_server(self) -> None:
         """Start the aggregator and wait until it takes work."""
         program = self._program("server", ["medhive-server", "serve"], self.server_env())
-        program.wait_for(r"server\.ready|taking work")
+        program.wait_for(r"(?m)^ready$")
 
     def start_site(self, site: str) -> Program:
         """Start `medhive-site run` at one hospital."""
