@@ -53,7 +53,8 @@ from fl_client.tasks.images import ImageOptions, UInt8, read_image, scan_folder
 from fl_client.tasks.models import build_model, export_weights, load_weights
 from medhive.spec import StudyData
 
-DEFAULT_LR = 5e-3  # peak; found on brain MRI with three sites, see docs/benchmarks.md
+DEFAULT_LR = 5e-3  # peak, for batches of 32; found on brain MRI with three sites
+DEFAULT_LR_BATCH = 32  # other batches: by the square root (Malladi et al. 2022, arXiv:2205.10287)
 WEIGHT_DECAY = 0.05
 WARM_UP = 0.1  # share of the run; AdamW's moments are still noise there
 LABEL_SMOOTHING = 0.05
@@ -276,7 +277,8 @@ class _Job:
         self._model = workspace.new_model(weights)
         self._parameters = dict(self._model.named_parameters())
         self._anchor = [parameter.detach().clone() for parameter in self._parameters.values()]
-        self._optimiser = _optimiser(self._parameters, plan.lr or DEFAULT_LR)
+        self._peak = plan.lr or DEFAULT_LR * math.sqrt(plan.batch_size / DEFAULT_LR_BATCH)
+        self._optimiser = _optimiser(self._parameters, self._peak)
         if plan.optimiser_state is not None:
             restore_moments(self._optimiser, self._parameters, plan.optimiser_state)
         self._indices = workspace.indices("train")
@@ -331,7 +333,7 @@ class _Job:
         loss = functional.cross_entropy(
             logits + self._log_prior, labels, weight=self._class_weights, label_smoothing=LABEL_SMOOTHING
         )
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingDiverged(
                 f"The loss is {value} in step {self._step + 1}; ask for a smaller learning rate (--lr).",
@@ -357,7 +359,7 @@ class _Job:
     def _set_learning_rate(self) -> float:
         steps = self._steps_per_epoch * self._plan.local_epochs
         done = (self._plan.round - 1 + (self._step + 0.5) / steps) / self._plan.rounds
-        lr = (self._plan.lr or DEFAULT_LR) * learning_rate_factor(done)
+        lr = self._peak * learning_rate_factor(done)
         for group in self._optimiser.param_groups:
             group["lr"] = lr
         return lr
