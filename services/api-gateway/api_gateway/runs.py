@@ -337,7 +337,18 @@ def to_answer(work: Work, run: Run, *, brief: bool = False) -> RunAnswer:
         updated_at=run.updated_at,
         consents=tuple(_brief(row) if brief else consent_answer(work, row) for row in rows),
         activity=() if brief else tuple(activities(work, run)),
+        **({} if brief else _ending(work, run)),
     )
+
+
+def _ending(work: Work, run: Run) -> dict[str, Any]:
+    """What the sites said of the final weights; a hospital sees the global figures and its own."""
+    if run.end_report is None:
+        return {}
+    end = {name: run.end_report[name] for name in ("metrics", "confusion", "sites")}
+    if not work.caller.sees_all:
+        end["sites"] = [site for site in end["sites"] if site["site"] == work.caller.site]
+    return end
 
 
 def _brief(row: ConsentRow) -> ConsentAnswer:
