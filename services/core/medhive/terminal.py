@@ -156,7 +156,10 @@ class Terminal:
             click.echo(json.dumps(value, ensure_ascii=False, default=str))
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str = "nothing") -> None:
-        """Print a table, or `empty` when it has no row. A column whose name ends in '>' is aligned to the right."""
+        """Print a table, or `empty` when it has no row. A column whose name ends in '>' is aligned to the right.
+
+        Where the terminal is too narrow for it, each row is printed as names and values under each other.
+        """
         texts = [[printable("" if cell is None else cell) for cell in row] for row in rows]
         if not texts:
             self.line(empty)
@@ -168,10 +171,17 @@ class Terminal:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
         for name in columns:
             right = name.endswith(">")
-            table.add_column(name.removesuffix(">"), justify="right" if right else "left", overflow="fold")
+            table.add_column(name.removesuffix(">"), justify="right" if right else "left", no_wrap=True)
         for row in texts:
             table.add_row(*(Text(cell) for cell in row))
-        _console(sys.stdout).print(table)
+        console = _console(sys.stdout)
+        if console.measure(table).maximum <= console.width or len(columns) == 1:
+            console.print(table)
+            return
+        for number, row in enumerate(texts):
+            if number:
+                self.line()
+            self.fields(zip((name.removesuffix(">") for name in columns), row, strict=True))
 
     def fields(self, pairs: Iterable[tuple[str, object]]) -> None:
         """Print names and values under each other; what is None or empty is left out."""

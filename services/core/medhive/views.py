@@ -262,14 +262,14 @@ def version_details(terminal: Terminal, version: VersionAnswer) -> None:
     if version.decisions:
         terminal.line()
         terminal.table(
-            ["site", "decision", "person", "decided", "accuracy>", "reason"],
+            ["site", "decision", "person", "decided", "held-out accuracy>", "reason"],
             [
                 [
                     item.site,
                     item.state,
                     item.person,
                     moment(item.decided_at),
-                    share(item.metrics.get("accuracy")),
+                    share(item.metrics.get("heldout_accuracy")),
                     item.reason,
                 ]
                 for item in version.decisions

@@ -133,11 +133,11 @@ def _show_account(terminal: Terminal, account: AccountAnswer) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_terminal
 def remove_account(terminal: Terminal, username: str, yes: bool) -> None:
-    """Remove an account; its tokens end at once."""
-    terminal.confirm(f"Remove the account {username}?", yes)
+    """Take an account out of use; its logins end at once, its name stays in the log."""
+    terminal.confirm(f"Take the account {username} out of use?", yes)
     with connect() as client:
         client.delete(f"{API}/accounts/{username}")
-    terminal.result({"removed": username}, lambda: terminal.line(f"Removed {username}."))
+    terminal.result({"removed": username}, lambda: terminal.line(f"{username} is out of use."))
 
 
 @accounts.command("password")

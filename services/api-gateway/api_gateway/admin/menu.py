@@ -42,7 +42,7 @@ def menu(terminal: Terminal, context: click.Context) -> None:
 
     def announce(event: EventAnswer) -> None:
         if event.kind in ANNOUNCED:
-            origin = f" from {event.site or event.actor}" if event.kind == "request.sent" else ""
+            origin = f" from {event.site or event.actor.removeprefix('site:')}" if event.kind == "request.sent" else ""
             terminal.note(f"\n*** {ANNOUNCED[event.kind]}: {event.subject}{origin} ***")
 
     with session.open() as client:

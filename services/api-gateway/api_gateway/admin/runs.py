@@ -122,13 +122,15 @@ def fetch_requests(client: GatewayClient) -> list[RequestAnswer]:
 
 @click.command(cls=Command)
 @click.argument("request_id", metavar="REQ_n", required=False)
+@click.option("--reason", default="", help="Why; the requester reads it.")
 @click.option("--wait", is_flag=True, help="Follow the run to its end.")
 @pass_terminal
-def approve(terminal: Terminal, request_id: str | None, wait: bool) -> None:
+def approve(terminal: Terminal, request_id: str | None, reason: str, wait: bool) -> None:
     """Approve a request; its run then asks every hospital of the study for consent."""
     with connect() as client:
         request_id = ask_pending(terminal, client, request_id)
-        approved = RequestAnswer.model_validate(client.post(f"{API}/requests/{request_id}/approve"))
+        body = build(Reason, reason=reason)
+        approved = RequestAnswer.model_validate(client.post(f"{API}/requests/{request_id}/approve", body))
         if not wait:
             text = f"{approved.id} is approved: {approved.run_id} asks the hospitals of {approved.study} for consent."
             terminal.result(approved, lambda: terminal.line(text))

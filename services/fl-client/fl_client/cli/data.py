@@ -137,7 +137,7 @@ def _show_report(terminal: Terminal, subject: _Subject, report: DataReport, show
 
 @click.command(cls=Command)
 @click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A new folder; gets one folder a site.")
 @click.option("--sites", type=int, help="How many sites [3].")
 @click.option("--names", help="The sites' names, separated by commas.")
 @click.option("--shares", help="How much each site gets of every class, such as 500,300,400.")
@@ -150,7 +150,7 @@ def _show_report(terminal: Terminal, subject: _Subject, report: DataReport, show
 @click.option("--delimiter", default=",", show_default=True, help="What separates a table's columns.")
 @pass_terminal
 def split(terminal: Terminal, /, source: Path, out: Path, **given: Any) -> None:
-    """Copy SOURCE (a folder of class folders, or a CSV) into one folder a site below OUT.
+    """Copy SOURCE (a folder of class folders, or a CSV) into one folder a site.
 
     Every class is divided on its own; without --shares or --dirichlet evenly. SOURCE is only read, and nothing that
     exists is overwritten.

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from fl_client import updates
 from fl_client.cli.installation import load_settings, open_site, unusable
 from fl_client.consents import open_runs
 from fl_client.identity import Identity, JoinOutcome, NotJoined
@@ -102,7 +103,7 @@ def champions(site: Site) -> dict[str, int]:
 
 def undecided(site: Site) -> list[str]:
     """Versions that wait for this hospital's decision, as STUDY/n."""
-    return [f"{item.study}/{item.version}" for item in site.store.versions() if item.decision == "pending"]
+    return [f"{item.study}/{item.version}" for item in updates.undecided(site)]
 
 
 def _remote_status(site: Site) -> dict[str, Any]:

@@ -125,8 +125,8 @@ def _run_finished(event: events.RunFinished) -> Iterator[str]:
 def _decide(study: str, version: int, file: Path | None) -> Iterator[str]:
     if file is not None:
         yield f"  file: {file}"
-    yield f"  accept with: medhive-site accept {study} {version}"
-    yield f"  reject with: medhive-site reject {study} {version} --reason '...'"
+    yield f"  accept with: medhive-site accept {version} --study {study}"
+    yield f"  reject with: medhive-site reject {version} --study {study} --reason '...'"
 
 
 def _version_arrived(event: events.VersionArrived) -> Iterator[str]:

@@ -23,15 +23,20 @@ MODELS: Final = {"candidate": "this version", "champion": "in use", "local_only"
 
 
 @click.command(cls=Command)
-@click.argument("study", required=False)
 @click.argument("version", type=int, required=False)
-@click.option("--evaluate", is_flag=True, help="Judge VERSION on the own held-out data now, beside the version in use.")
+@click.option("--study", help="The study; needed only when there are several.")
+@click.option("--evaluate", is_flag=True, help="Judge it on the own held-out data now, beside the version in use.")
 @click.option("--own-model", is_flag=True, help="Also beside a model trained here alone: what did we gain?")
 @pass_terminal
-def updates(terminal: Terminal, study: str | None, version: int | None, evaluate: bool, own_model: bool) -> None:
-    """List the versions that were offered, or show VERSION of STUDY and how good it is on this hospital's own data."""
+def updates(terminal: Terminal, version: int | None, study: str | None, evaluate: bool, own_model: bool) -> None:
+    """List the versions that were offered, or show VERSION and how good it is on this hospital's own data.
+
+    With --evaluate and no VERSION it is the one that waits for a decision.
+    """
     with open_site() as site:
         fetch_offered(terminal, site, study)
+        if version is None and (evaluate or own_model):
+            study, version = ask_version(terminal, site, study, None)
         if version is None:
             found = versions_here.list_updates(site, study)
             terminal.result([_update_value(item) for item in found], lambda: show_updates(terminal, found))
@@ -130,7 +135,7 @@ def _show_version(terminal: Terminal, known: KnownVersion) -> None:
     terminal.line()
     if known.evaluation is None:
         terminal.line("Not judged here yet; do it with:")
-        terminal.line(f"  medhive-site updates {known.study} {known.version} --evaluate")
+        terminal.line(f"  medhive-site updates {known.version} --study {known.study} --evaluate")
         return
     show_judgement(terminal, known.evaluation)
 
@@ -173,18 +178,15 @@ def _estimate(value: Mapping[str, float] | None) -> str:
     return "" if value is None else f"{value['value']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
 
 
-def _ask_version(terminal: Terminal, site: Site, study: str | None, version: int | None) -> tuple[str, int]:
+def ask_version(terminal: Terminal, site: Site, study: str | None, version: int | None) -> tuple[str, int]:
     """The version that is meant: the one given, the only undecided one, or the one that the person names."""
-    if study is not None and version is None and study.isdecimal():
-        version = int(study)  # with one study its name may be left out
-        study = None
     waiting = [item for item in versions_here.undecided(site) if study in (None, item.study)]
     if version is None and len({(item.study, item.version) for item in waiting}) == 1:
         if terminal.interactive:
             show_updates(terminal, waiting)
         return waiting[0].study, waiting[0].version
     if version is None and not waiting:
-        raise InvalidInput("No version waits for a decision; name one as STUDY VERSION.")
+        raise InvalidInput("No version waits for a decision; name one.")
     name = versions_here.only_study(site, study)
     if version is None:
         numbers = [str(item.version) for item in waiting if item.study == name]
@@ -200,19 +202,19 @@ def _decided(terminal: Terminal, decided: Decided, text: str) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("study", required=False)
 @click.argument("version", type=int, required=False)
+@click.option("--study", help="The study; needed only when there are several.")
 @click.option("--reason", default="", help="Why.")
 @click.option("--person", help="Who decides; stands under the signature.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_terminal
 def accept(
-    terminal: Terminal, /, study: str | None, version: int | None, *, reason: str, person: str | None, yes: bool
+    terminal: Terminal, /, version: int | None, study: str | None, *, reason: str, person: str | None, yes: bool
 ) -> None:
-    """Accept VERSION of STUDY: predict uses it from now on."""
+    """Accept VERSION, or the one that waits: predict uses it from now on."""
     with open_site() as site:
         fetch_offered(terminal, site)
-        name, number = _ask_version(terminal, site, study, version)
+        name, number = ask_version(terminal, site, study, version)
         known = _known(site, name, number)
         if known.evaluation is not None and terminal.interactive and not terminal.json:
             show_judgement(terminal, known.evaluation)
@@ -223,16 +225,16 @@ def accept(
 
 
 @click.command(cls=Command)
-@click.argument("study", required=False)
 @click.argument("version", type=int, required=False)
+@click.option("--study", help="The study; needed only when there are several.")
 @click.option("--reason", help="Why; the coordinator reads it.")
 @click.option("--person", help="Who decides; stands under the signature.")
 @pass_terminal
-def reject(terminal: Terminal, study: str | None, version: int | None, reason: str | None, person: str | None) -> None:
-    """Reject VERSION of STUDY, with a reason; if it is in use, the one before takes its place."""
+def reject(terminal: Terminal, version: int | None, study: str | None, reason: str | None, person: str | None) -> None:
+    """Reject VERSION, or the one that waits, with a reason; if it is in use, the one before takes its place."""
     with open_site() as site:
         fetch_offered(terminal, site)
-        name, number = _ask_version(terminal, site, study, version)
+        name, number = ask_version(terminal, site, study, version)
         why = terminal.ask(reason, "Reason", "--reason")
         decided = versions_here.reject(site, name, number, person=signing_person(terminal, site, person), reason=why)
         in_use = site.store.champion(name)
@@ -241,16 +243,16 @@ def reject(terminal: Terminal, study: str | None, version: int | None, reason: s
 
 
 @click.command(cls=Command)
-@click.argument("study", required=False)
-@click.option("--to", "version", type=int, help="The version to return to [the one that was in use before].")
+@click.argument("version", type=int, required=False)
+@click.option("--study", help="The study; needed only when there are several.")
 @click.option("--reason", default="", help="Why; the coordinator reads it.")
 @click.option("--person", help="Who decides; stands under the signature.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_terminal
 def rollback(
-    terminal: Terminal, /, study: str | None, version: int | None, *, reason: str, person: str | None, yes: bool
+    terminal: Terminal, /, version: int | None, study: str | None, *, reason: str, person: str | None, yes: bool
 ) -> None:
-    """Go back to a version of STUDY that was in use before; the present one is rejected."""
+    """Go back to VERSION, or to the one that was in use before; the present one is rejected."""
     with open_site() as site:
         name = versions_here.only_study(site, study)
         who = signing_person(terminal, site, person)
@@ -261,7 +263,7 @@ def rollback(
 
 
 @click.command(cls=Command)
-@click.argument("study", required=False)
+@click.option("--study", help="Only this study's.")
 @pass_terminal
 def history(terminal: Terminal, study: str | None) -> None:
     """Which versions came, what was decided, and which was in use when; needs no coordinator."""
@@ -290,7 +292,7 @@ def history(terminal: Terminal, study: str | None) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("study", required=False)
+@click.option("--study", help="Only this study's.")
 @pass_terminal
 def models(terminal: Terminal, study: str | None) -> None:
     """List the model files in this hospital, and whether each is still what the coordinator signed."""
@@ -334,13 +336,25 @@ def predict(terminal: Terminal, path: Path, study: str | None, version: int | No
     with open_site() as site, terminal.progress("predicting") as advance, site.trainer() as trainer:
         listener = reading_listener(advance)
         found = versions_here.predict(site, trainer, path, study=study, version=version, listener=listener)
-    terminal.result(found, lambda: _show_predictions(terminal, found))
+    value = [_prediction_value(item) for item in found]
+    terminal.result(value, lambda: _show_predictions(terminal, value))
+
+
+def _prediction_value(item: Mapping[str, Any]) -> dict[str, Any]:
+    if "skipped" in item:
+        return {"path": item["path"], "name": item["name"], "skipped": item["skipped"]}
+    return {
+        "path": item["path"],
+        "name": item["name"],
+        "class": item["label"],
+        "probabilities": item["probabilities"],
+    }
 
 
 def _show_predictions(terminal: Terminal, found: Sequence[Mapping[str, Any]]) -> None:
     classes = list(next((item["probabilities"] for item in found if "probabilities" in item), {}))
     rows = [
-        [item["name"], item["label"], *(f"{item['probabilities'][name]:.4f}" for name in classes)]
+        [item["name"], item["class"], *(f"{item['probabilities'][name]:.4f}" for name in classes)]
         if "probabilities" in item
         else [item["name"], f"not read: {item['skipped']}", *("" for _ in classes)]
         for item in found
