@@ -51,11 +51,15 @@ def test_from_request_to_decision(world: World) -> None:
         hospital.client.upload(f"{API}/runs/{run.id}/blobs/{digest}", path)
         updates[hospital.site] = digest
     with pytest.raises(NotFound):
-        one.client.download(f"{API}/runs/{run.id}/blobs/{updates[two.site]}", target, updates[two.site], max_bytes=10**6)
+        one.client.download(
+            f"{API}/runs/{run.id}/blobs/{updates[two.site]}", target, updates[two.site], max_bytes=10**6
+        )
     world.server.download(f"{API}/runs/{run.id}/blobs/{updates[two.site]}", target, updates[two.site], max_bytes=10**6)
     final, final_digest = world.weights(seed=9)
     world.server.upload(f"{API}/runs/{run.id}/blobs/{final_digest}", final)
-    sites = [{"site": site.site, "answered": True, "examples": 50, "metrics": {"val_accuracy": 0.5}} for site in (one, two)]
+    sites = [
+        {"site": site.site, "answered": True, "examples": 50, "metrics": {"val_accuracy": 0.5}} for site in (one, two)
+    ]
     report = {
         "fence": lease.fence,
         "state": "closed",
@@ -74,9 +78,16 @@ def test_from_request_to_decision(world: World) -> None:
     assert len(world.admin.get(f"{API}/runs/{run.id}/rounds")[0]["sites"]) == 2
 
     # The end makes version 1, the candidate, which both are asked about.
-    ended = world.complete(run, lease, final_digest, metrics={"val_accuracy": 0.9}, confusion=[[5, 0], [1, 4]], sites=sites)
+    ended = world.complete(
+        run, lease, final_digest, metrics={"val_accuracy": 0.9}, confusion=[[5, 0], [1, 4]], sites=sites
+    )
     assert ended.state == "completed" and ended.version == 1
-    assert world.complete(run, lease, final_digest, metrics={"val_accuracy": 0.9}, confusion=[[5, 0], [1, 4]], sites=sites).version == 1
+    assert (
+        world.complete(
+            run, lease, final_digest, metrics={"val_accuracy": 0.9}, confusion=[[5, 0], [1, 4]], sites=sites
+        ).version
+        == 1
+    )
     version = VersionAnswer.model_validate(one.client.get(f"{API}/studies/{study}/versions/1"))
     assert version.state == "candidate" and [row.state for row in version.decisions] == ["pending"]
     manifest = Manifest.model_validate(one.client.get(f"{API}/studies/{study}/versions/1/manifest"))
@@ -97,7 +108,15 @@ def test_from_request_to_decision(world: World) -> None:
     body = head.verify(VerifyKey.from_text(world.coordinator.public_key))
     assert (body.number, body.hash) == (number, digest)
     kinds = [row.kind for row in rows if row.run_id == run.id]
-    for kind in ("run.created", "consent.granted", "run.ready", "run.leased", "run.started", "round.closed", "run.completed"):
+    for kind in (
+        "run.created",
+        "consent.granted",
+        "run.ready",
+        "run.leased",
+        "run.started",
+        "round.closed",
+        "run.completed",
+    ):
         assert kind in kinds
     assert kinds.count("round.closed") == 1
     mine = [EventAnswer.model_validate(row) for row in one.client.get(f"{API}/events", limit=1000)]

@@ -1,4 +1,4 @@
-"""A real gateway process over TLS on loopback, on SQLite or PostgreSQL, and the people and hospitals that use it in tests."""
+"""A real gateway process over TLS on loopback, on SQLite or PostgreSQL, and the people and hospitals of its tests."""
 
 import base64
 import hashlib
@@ -87,17 +87,21 @@ def postgres_server() -> Iterator[str]:
             user = int(words[1].partition("=")[2])
             os.chown(folder, user, int(words[2].partition("=")[2]))
         data = folder / "data"
-        quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "cwd": folder}
+        quiet: dict[str, Any] = {
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.STDOUT,
+            "cwd": folder,
+        }
         environment = {**os.environ, "LC_ALL": "C.UTF-8", "HOME": name}
         create = ["initdb", "-D", str(data), "-U", "medhive", "--auth=trust", "-E", "UTF8", "--no-sync"]
-        subprocess.run([*words, *create], **quiet, env=environment)
+        subprocess.run([*words, *create], **quiet, env=environment, check=True)
         options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
         control = [*words, "pg_ctl", "-D", str(data), "-w", "-l", str(folder / "log")]
-        subprocess.run([*control, "-o", options, "start"], **quiet, env=environment)
+        subprocess.run([*control, "-o", options, "start"], **quiet, env=environment, check=True)
         try:
             yield f"postgresql://medhive@/postgres?host={folder}"
         finally:
-            subprocess.run([*control, "-m", "immediate", "stop"], **quiet, env=environment)
+            subprocess.run([*control, "-m", "immediate", "stop"], **quiet, env=environment, check=True)
 
 
 # ---- the process ---------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from medhive.errors import InvalidInput, MedHiveError
 
 GRACEFUL_S = 3  # answers under way may finish; streams are ended at once
 BACKLOG = 512
+MIN_PASSWORD = 12  # as for every account
 KEEP_ALIVE_S = 75  # hospitals poll; a connection that is kept saves them a TLS handshake
 
 
@@ -166,6 +167,8 @@ def _first_admin(gateway: Gateway) -> str | None:
             return None
     path = gateway.settings.admin_password_file
     given = read_secret_file(path, "ADMIN_PASSWORD_FILE") if path else None
+    if given is not None and len(given) < MIN_PASSWORD:
+        raise InvalidInput(f"{PREFIX}ADMIN_PASSWORD_FILE holds fewer than {MIN_PASSWORD} characters.")
     password = given or auth.new_password()
     with gateway.system_write() as work:
         made = accounts.first_admin(work, auth.hash_password(password))

@@ -20,6 +20,8 @@ BUSY_TIMEOUT_S = 30  # a writer waits this long for the others before it gives u
 POOL_CONNECTIONS = 20
 POOL_OVERFLOW = 24  # above the thread pool's forty, so that a thread never waits for a connection
 WRITES = "medhive_writes"
+# Times come back in UTC wherever the server stands; and a server that is away is noticed.
+POSTGRES_ARGUMENTS = {"connect_timeout": 10, "options": "-c timezone=UTC"}
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -42,17 +44,14 @@ class UtcTime(TypeDecorator[datetime.datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime.datetime | None, dialect: Dialect) -> datetime.datetime | None:
-        """Convert to UTC.
-
-        Raises:
-            InvalidInput: a moment at the very edge of the calendar.
-        """
+        """Convert to UTC; what would fall off the calendar's edge by that stays at the edge."""
         if value is None:
             return None
         try:
             moment = value.astimezone(datetime.UTC)
-        except OverflowError as error:
-            raise InvalidInput("The time lies outside the calendar.") from error
+        except OverflowError:
+            edge = datetime.datetime.min if value.year == 1 else datetime.datetime.max
+            moment = edge.replace(tzinfo=datetime.UTC)
         return moment.replace(tzinfo=None) if dialect.name == "sqlite" else moment
 
     def process_result_value(
@@ -112,7 +111,7 @@ class Database:
 def _engine(url: str) -> Engine:
     arguments: dict[str, Any] = {"pool_size": POOL_CONNECTIONS, "max_overflow": POOL_OVERFLOW}
     if not url.startswith("sqlite"):
-        return create_engine(url, **arguments, pool_pre_ping=True, connect_args={"connect_timeout": 10})
+        return create_engine(url, **arguments, pool_pre_ping=True, connect_args=POSTGRES_ARGUMENTS)
     engine = create_engine(url, **arguments, connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from medhive.errors import MedHiveError
 from medhive.wire import Problem
@@ -99,6 +100,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(MedHiveError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _unrouted)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -117,10 +119,17 @@ async def _invalid(_request: Request, error: Exception) -> JSONResponse:
 
 async def _unrouted(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101
+    if isinstance(error.__cause__, MedHiveError):  # the framework wraps what reading a body raises
+        return problem_of(error.__cause__)
     code = ROUTE_ERRORS.get(error.status_code, "error")
     answer = problem(code, error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
     answer.headers.update(error.headers or {})
     return answer
+
+
+async def _gone(request: Request, _error: Exception) -> JSONResponse:
+    log.info("http.caller-gone", method=request.method, path=request.url.path)
+    return problem("error", HTTPStatus.BAD_REQUEST, "The caller went away before its body had arrived.")
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

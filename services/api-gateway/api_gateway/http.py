@@ -226,5 +226,5 @@ class _Exchange:
     def log(self) -> None:
         milliseconds = round((time.monotonic() - self._began) * 1000)
         facts = {"method": self._scope["method"], "path": self._scope["path"], "status": self._status}
-        level = log.warning if self._status >= 500 else log.debug
+        level = log.warning if self._status >= 500 else log.info if self._status >= 400 else log.debug
         level("http.exchange", **facts, ms=milliseconds)

@@ -38,11 +38,12 @@ async def list_events(
     """Rows after a number; with `Accept: text/event-stream` the live stream, resumable by `Last-Event-ID`."""
     if STREAM not in request.headers.get("Accept", ""):
         return await run_in_threadpool(_listed, call, after, limit)
-    start = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() else after
+    numbered = last_event_id is not None and last_event_id.isascii() and last_event_id.isdigit()
+    start = min(int(last_event_id or 0), MAX_EVENT_NUMBER) if numbered else after
     await run_in_threadpool(_listed, call, start, 1)  # refuses before the stream begins
     if call.gateway.hub.streams >= MAX_STREAMS or call.gateway.hub.closing:
         raise StopsServing("The gateway has no room for another event stream; poll, or try again in a minute.")
-    return StreamingResponse(_stream(call, min(start, MAX_EVENT_NUMBER)), media_type=STREAM)
+    return StreamingResponse(_stream(call, start), media_type=STREAM)
 
 
 def _listed(call: Call, after: int, limit: int) -> list[EventAnswer]:

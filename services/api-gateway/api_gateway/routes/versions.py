@@ -49,7 +49,7 @@ def manifest(study: StudyName, version: VersionNumber, call: CallDep) -> Manifes
         return Manifest.model_validate(versions.get(work, study, version).manifest)
 
 
-@router.head("/studies/{study}/versions/{version}/file", response_class=Response)
+@router.head("/studies/{study}/versions/{version}/file", response_class=Response, include_in_schema=False)
 @router.get("/studies/{study}/versions/{version}/file", response_class=Response, responses={200: BINARY, 206: BINARY})
 def download(study: StudyName, version: VersionNumber, request: Request, call: CallDep) -> Response:
     """The weights; Range is honoured."""
