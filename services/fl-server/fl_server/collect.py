@@ -109,6 +109,7 @@ class Watch:
         self._look = look
         self._clock = clock
         self._next = 0.0
+        self._away = False
         self.run: RunAnswer = self._wait_for_first()
 
     def _wait_for_first(self) -> RunAnswer:
@@ -130,12 +131,21 @@ class Watch:
         now = self._clock.monotonic()
         if at_once or now >= self._next:
             self._next = now + LOOK_S
-            try:
-                self.run = self._look()
-            except Unreachable as error:
-                log.warning("gateway.away", reason=str(error))
+            self._see()
         self._require_going()
         return self.run
+
+    def _see(self) -> None:
+        try:
+            self.run = self._look()
+        except Unreachable as error:
+            if not self._away:
+                log.warning("gateway.away", reason=str(error))
+            self._away = True
+        else:
+            if self._away:
+                log.info("gateway.back")
+            self._away = False
 
     def _require_going(self) -> None:
         if self.run.state in FINAL_RUN_STATES:

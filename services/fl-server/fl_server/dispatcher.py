@@ -26,6 +26,8 @@ HEARTBEAT_S = 5.0
 """A sixth of a lease: several may get lost before it lapses."""
 MAX_DEATHS = 5
 """Deaths of a run's process without a round closed in between, after which the run fails: the fault is in the run."""
+GOODBYE_S = 10.0
+"""How long the process of a run that is over may take to end by itself."""
 FIRST_WAIT_S = 1.0
 """Before a process that died is started again; doubled with every death."""
 REASON_LENGTH = 500
@@ -78,6 +80,7 @@ class Dispatcher:
         self._runs_dir = runs_dir
         self._max_runs = max_runs
         self._monotonic = monotonic
+        self._ending: dict[int, float] = {}
         self._held = {run_id: Held(run_id, fence) for run_id, fence in _read_leases(leases_file).items()}
 
     @property
@@ -110,7 +113,8 @@ class Dispatcher:
             Unreachable: gateway or SuperLink do not answer; the next pass goes on.
         """
         self._take_leases()
-        runs = self._superlink.runs() if self._held else {}
+        runs = self._superlink.runs() if self._held or self._ending else {}
+        self._end_stragglers(runs)
         for held in list(self._held.values()):
             self._attend(held, runs)
 
@@ -131,10 +135,20 @@ class Dispatcher:
         write_durably(self._leases_file, json.dumps(leases).encode())
 
     def _forget(self, held: Held) -> None:
+        """The process of a run that is not ours any more hears it from the gateway too, and ends by itself."""
         if held.flower_run is not None:
-            self._stop(held.flower_run)
+            self._ending[held.flower_run] = self._monotonic() + GOODBYE_S
         del self._held[held.run_id]
         self._keep_leases()
+
+    def _end_stragglers(self, runs: dict[int, FlowerRun]) -> None:
+        for number, deadline in list(self._ending.items()):
+            run = runs.get(number)
+            if run is None or run.phase.is_over:
+                del self._ending[number]
+            elif self._monotonic() >= deadline:
+                self._stop(number)
+                del self._ending[number]
 
     # ---- one run ---------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -60,6 +61,7 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from fl_server.logs import log_json
 from medhive.envelope import MAX_ENVELOPE_BYTES
 from medhive.errors import Conflict, InvalidInput, MedHiveError, NotAllowed, NotFound, TooLarge, Unreachable
 
@@ -484,7 +486,12 @@ class GridExchange:
         content = RecordDict({RECORD: ConfigRecord({FIELD: payload})})
         message = Message(content, dst_node_id=node_id, message_type=MESSAGE_TYPE, ttl=ttl_s)
         with _run_stopped_translated():
-            message_id = next(iter(self._grid.push_messages([message])), None)
+            try:
+                message_id = next(iter(self._grid.push_messages([message])), None)
+            except ObjectPushError:
+                # A node that knows its answer already can take the message and confirm it before the last piece of it is
+                # uploaded; the SuperLink then refuses that piece. The message was announced, and its answer counts.
+                message_id = message.metadata.message_id
         if not message_id:
             raise NodeUnknown("The node is not registered, or has never connected.")
         self._waiting[message_id] = node_id
@@ -785,6 +792,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("subcommand", choices=["superlink", "superexec", "serverapp"])
     parser.add_argument("--parent-pid", type=int, required=True)
     options, rest = parser.parse_known_args(argv)
+    log_json()
     _end_with_parent(options.parent_pid)
     {"superlink": _superlink_process, "superexec": _superexec_process, "serverapp": _serverapp_process}[
         options.subcommand

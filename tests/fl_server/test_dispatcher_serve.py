@@ -1,0 +1,142 @@
+"""`medhive-server serve` beside a real gateway, with light hospitals on the real fleet connection."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from coordinator_stack import CoordinatorStack, coordinator, processes_of
+from flower_stack import until
+
+from medhive.states import ConsentState, RunState
+from medhive.wire import API, RunAnswer
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CoordinatorStack]:
+    with coordinator(tmp_path_factory.mktemp("coordinator")) as stack:
+        stack.start_server()
+        stack.add_study("tumours", NAMES, min_sites=2, deadline_s=60)
+        for hospital in stack.hospitals.values():
+            hospital.start()
+        yield stack
+
+
+def final_digest(stack: CoordinatorStack, run: RunAnswer) -> str:
+    assert (run.state, run.reason) == (RunState.COMPLETED, ""), stack.server.text[-4000:]
+    assert run.version is not None
+    return stack.version("tumours", run.version).digest
+
+
+def process_named(stack: CoordinatorStack, words: str) -> int:
+    return until(lambda: next((p for p, args in processes_of(stack.server).items() if words in args), None), words)
+
+
+def test_a_run_goes_from_request_to_version(stack: CoordinatorStack) -> None:
+    run_id = stack.request("tumours", rounds=2)
+    run = stack.ended(run_id)
+    assert (run.state, run.reason) == (RunState.COMPLETED, ""), stack.server.text[-4000:]
+    rounds = {item.number: item for item in stack.rounds(run_id)}
+    assert sorted(rounds)[-2:] == [1, 2]
+    assert all(site.answered for item in rounds.values() for site in item.sites)
+    assert stack.version("tumours", 1).metrics["val_accuracy"] == pytest.approx(0.7)
+    assert f"{run_id} round 2/2: 3 of 3 sites answered" in stack.server.text
+    assert not (stack.folder / "server" / "runs" / run_id).exists()
+
+
+@pytest.mark.timeout(400)
+def test_killed_processes_change_no_bit_of_the_result(stack: CoordinatorStack) -> None:
+    """One run of six rounds without trouble, and one in which each process is killed in turn, each in a round of its own."""
+    unbroken = final_digest(stack, stack.ended(stack.request("tumours", base_version=0, rounds=6)))
+    for hospital in stack.hospitals.values():
+        hospital.training_s = 0.5
+    run_id = stack.request("tumours", base_version=0, rounds=6)
+    for number, victim in enumerate(("serverapp", "superexec", "superlink", "gateway", "serve"), 1):
+        stack.reached(run_id, number)
+        kill(stack, victim)
+    assert final_digest(stack, stack.ended(run_id)) == unbroken
+    trained = [[number for run, number in site.trained if run == run_id] for site in stack.hospitals.values()]
+    assert trained == [[1, 2, 3, 4, 5, 6]] * 3
+
+
+def kill(stack: CoordinatorStack, victim: str) -> None:
+    if victim == "gateway":
+        stack.gateway.kill()
+        stack.gateway.start()
+    elif victim == "serve":
+        stack.server.kill()
+        until(lambda: not processes_of(stack.server), "what the service started is gone", 30)
+        stack.start_server()
+    else:
+        os.kill(process_named(stack, f"fl_server.flower {victim}"), signal.SIGKILL)
+
+
+def test_a_stopped_run_is_cancelled_and_its_process_ends(stack: CoordinatorStack) -> None:
+    for hospital in stack.hospitals.values():
+        hospital.training_s = 3.0
+    run_id = stack.request("tumours", rounds=5)
+    stack.reached(run_id, 1)
+    stack.admin.post(f"{API}/runs/{run_id}/stop", {"reason": "wrong data"})
+    run = stack.ended(run_id)
+    assert (run.state, run.reason) == (RunState.CANCELLED, "wrong data")
+    until(lambda: not any("serverapp" in args for args in processes_of(stack.server).values()), "the process ends", 30)
+
+
+def test_a_site_that_withdraws_is_out_and_the_run_goes_on(stack: CoordinatorStack) -> None:
+    for hospital in stack.hospitals.values():
+        hospital.training_s = 1.0
+    run_id = stack.request("tumours", rounds=2)
+    stack.reached(run_id, 1)
+    stack.hospitals["b"].consent(stack.run(run_id), "withdrawn")
+    run = stack.ended(run_id)
+    assert run.state == RunState.COMPLETED
+    assert {item.site for item in run.consents if item.state == ConsentState.WITHDRAWN} == {"b"}
+    assert [site.site for site in stack.rounds(run_id)[-1].sites] == ["a", "c"]
+
+
+def test_a_short_run_is_not_held_up_by_a_long_one(stack: CoordinatorStack) -> None:
+    for hospital in stack.hospitals.values():
+        hospital.training_s = 0.3
+    stack.add_study("other", NAMES, min_sites=2, deadline_s=60)
+    long = stack.request("tumours", rounds=12)
+    stack.reached(long, 1)
+    short = stack.request("other", rounds=1)
+    assert stack.ended(short).state == RunState.COMPLETED
+    assert stack.run(long).state == RunState.RUNNING
+    assert stack.ended(long).state == RunState.COMPLETED
+
+
+def test_a_second_service_and_a_taken_port_are_refused_in_one_sentence(stack: CoordinatorStack, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fl_server", "serve"]
+    same = {**os.environ, **stack.server.environment}
+    second = subprocess.run(command, env=same, capture_output=True, text=True, check=False, timeout=60)
+    assert second.returncode == 1
+    assert second.stderr.strip().splitlines()[-1].startswith("error: Another medhive-server works in")
+    other = {**same, "MEDHIVE_SERVER_STATE_DIR": str(tmp_path)}
+    taken = subprocess.run(command, env=other, capture_output=True, text=True, check=False, timeout=60)
+    assert taken.returncode == 1
+    assert f"error: Port {stack.fleet_port} on 127.0.0.1 is in use" in taken.stderr
+
+
+def test_sigterm_ends_everything_within_five_seconds(stack: CoordinatorStack) -> None:
+    for hospital in stack.hospitals.values():
+        hospital.training_s = 3.0
+    run_id = stack.request("tumours", rounds=2)
+    stack.reached(run_id, 1)
+    began = time.monotonic()
+    assert stack.server.stop() == 0
+    assert time.monotonic() - began < 5.0
+    until(lambda: not processes_of(stack.server), "nothing is left behind", 1)
+
+
+def test_no_secret_stands_on_a_command_line_or_in_a_log(stack: CoordinatorStack) -> None:
+    token = (stack.state / "secrets" / "server-token").read_text().strip()
+    superexec = (stack.folder / "server" / "secrets" / "superexec").read_text().strip()
+    assert token not in stack.server.text
+    assert superexec not in stack.server.text
