@@ -1,5 +1,6 @@
 """Training and judging images: reproducible, interruptible, exact about weights, and able to learn made scans."""
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -11,9 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 from fl_client.partition import split_dataset
-from fl_client.tasks import EpochProgress, Prediction, RoundPlan, Skipped, Workspace, finish, load_task, task_names
+from fl_client.tasks import (
+    EpochProgress,
+    LocalOptions,
+    Prediction,
+    RoundPlan,
+    Skipped,
+    Workspace,
+    finish,
+    load_task,
+    task_names,
+)
 from fl_client.tasks.errors import (
     AlreadyThere,
     DeadlinePassed,
@@ -209,6 +221,28 @@ def test_unknown_models_and_devices(phantoms: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(DeviceUnavailable, match="cuda"):
             load_task("image-folder").open(phantoms, STUDY, SECRET, device="cuda")
+
+
+def test_a_local_backbone_is_laid_over_the_first_weights(phantoms: Path, tmp_path: Path) -> None:
+    stem = np.ones((32, 1, 5, 5), dtype=np.float32)
+    save_file({"stem.weight": stem, "unknown": stem}, tmp_path / "backbone.safetensors")
+    local = LocalOptions(weights_file=tmp_path / "backbone.safetensors")
+    space = load_task("image-folder").open(phantoms, STUDY, SECRET, local=local)
+    assert np.array_equal(space.initial_weights(1)["stem.weight"], stem)
+    save_file({"unknown": stem}, tmp_path / "backbone.safetensors")
+    with pytest.raises(WrongArchitecture, match="backbone"):
+        space.initial_weights(1)
+    (tmp_path / "backbone.safetensors").write_bytes(b"pickle")
+    with pytest.raises(WrongArchitecture, match="safetensors"):
+        space.initial_weights(1)
+
+
+def test_a_torchvision_model_without_its_extra_says_what_to_install(phantoms: Path) -> None:
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    study = StudyData(classes=CLASSES, options={"model": "torchvision:resnet18", "channels": 3})
+    with pytest.raises(UnknownModel, match=r"\[vision\]"):
+        load_task("image-folder").open(phantoms, study, SECRET)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")

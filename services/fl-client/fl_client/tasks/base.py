@@ -50,7 +50,8 @@ class LocalOptions:
     Attributes:
         class_map: local folder name or label value → the study's class name.
         groups_csv: a CSV of two columns, file (relative to the data folder) and patient group; overrides a pattern.
-        weights_file: local safetensors file that pretrained backbones start from.
+        weights_file: local safetensors file that the first weights start from; all sites of a study need the same one,
+            since version 0 is the same everywhere.
     """
 
     class_map: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -74,7 +75,8 @@ class DataReport:
         classes: the study's class → usable examples.
         parts: part → class → usable examples.
         skipped: what is not used, by name and reason.
-        duplicates: (name, name of the one that is used) of byte-identical examples, counted once.
+        duplicates: (name, name of its first like) of identical examples. They are on one side of the split; they count
+            once, but for rows of a table without patients' keys, which may well be two patients who agree.
         groups: number of patient groups, or None where the study tells none.
         fingerprint: HMAC-SHA256 under the site's secret over the sorted content hashes, in hexadecimal.
     """
@@ -89,7 +91,7 @@ class DataReport:
     fingerprint: str
 
     def counts_by_reason(self) -> dict[str, int]:
-        """Reason → number of examples not used; without names, so that it may stand in a consent."""
+        """Reason → number of examples; without names, so that it may stand in a consent."""
         counts = Counter(item.reason for item in self.skipped)
         if self.duplicates:
             counts["duplicate"] += len(self.duplicates)

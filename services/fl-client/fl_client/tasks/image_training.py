@@ -50,7 +50,7 @@ from fl_client.tasks.errors import (
 )
 from fl_client.tasks.evaluation import Comparison, Evaluation, compare, evaluate
 from fl_client.tasks.images import ImageOptions, UInt8, read_image, scan_folder
-from fl_client.tasks.models import build_model, export_weights, load_weights
+from fl_client.tasks.models import build_model, export_weights, load_backbone, load_weights
 from medhive.spec import StudyData
 
 DEFAULT_LR = 5e-3  # peak, for batches of 32; found on brain MRI with three sites
@@ -107,6 +107,7 @@ def open_workspace(
         images=images,
         labels=labels,
         parts=parts,
+        backbone=local.weights_file if local is not None else None,
     )
 
 
@@ -163,11 +164,13 @@ class ImageWorkspace:
         images: Tensor,
         labels: Tensor,
         parts: npt.NDArray[np.str_],
+        backbone: Path | None = None,
     ) -> None:
         self.report = report
         self.device = device
         self.classes = study.classes
         self._options = options
+        self._backbone = backbone
         fits = device.type == "cuda" and images.nbytes <= GPU_CACHE_BYTES
         self._images = images.to(device) if fits else images
         self._labels = labels
@@ -176,8 +179,11 @@ class ImageWorkspace:
         self._resize = Resizer(options.image_size)
 
     def initial_weights(self, seed: int) -> dict[str, FloatArray]:
-        """The study's seeded first weights."""
-        return export_weights(self._model(seed))
+        """The study's seeded first weights, over which a local backbone file is laid where the site names one."""
+        model = self._model(seed)
+        if self._backbone is not None:
+            load_backbone(model, self._backbone)
+        return export_weights(model)
 
     def statistics(self) -> None:
         """Images need none."""

@@ -16,6 +16,7 @@ from fl_client.tasks.base import FloatArray
 from fl_client.tasks.errors import UnknownModel, WrongArchitecture
 
 MODELS = ("resnet-gn", "resnet-gn-wide", "densenet121", "efficientnet-b0")
+TORCHVISION = "torchvision:"  # prefix of the backbones of the optional extra [vision], as in torchvision:resnet18
 GROUPS = 8  # channels are multiples of it in every stage
 WIDTHS = (32, 48, 64, 96)  # 0.38 M parameters; an epoch of 5,501 images of 96 × 96 takes 13 s on two cores
 WIDE_WIDTHS = (184, 280, 368, 552)  # the same net with 12.6 M parameters (50 MB), for studies whose sites have GPUs
@@ -101,9 +102,32 @@ def build_model(name: str, *, channels: int, classes: int, seed: int) -> nn.Modu
                 "efficientnet-b0", pretrained=False, spatial_dims=2, in_channels=channels, num_classes=classes
             )
             return efficient
+        if name.startswith(TORCHVISION):
+            return _torchvision_model(name.removeprefix(TORCHVISION), channels=channels, classes=classes)
     raise UnknownModel(
-        f"No model {name!r} is known; the study's option 'model' may be {', '.join(MODELS)}.", model=name
+        f"No model {name!r} is known; the study's option 'model' may be {', '.join(MODELS)}, or {TORCHVISION}NAME with "
+        "the extra [vision].",
+        model=name,
     )
+
+
+def _torchvision_model(name: str, *, channels: int, classes: int) -> nn.Module:
+    try:
+        # Optional, and fails to import where torch is the CPU build; type checkers see it only where it is installed.
+        from torchvision.models import get_model  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: PLC0415
+    except (ImportError, RuntimeError) as error:
+        raise UnknownModel(
+            f"The model {TORCHVISION}{name} needs torchvision, which is not installed or not built for this torch; install "
+            "medhive-site[vision] on a machine with a GPU.",
+            model=name,
+        ) from error
+    if channels != 3:
+        raise UnknownModel("torchvision's models take colour; set the study's option channels to 3.", model=name)
+    try:
+        model: nn.Module = get_model(name, weights=None, num_classes=classes)
+    except ValueError as error:
+        raise UnknownModel(f"torchvision has no model {name!r}.", model=name) from error
+    return model
 
 
 def export_weights(model: nn.Module) -> dict[str, FloatArray]:

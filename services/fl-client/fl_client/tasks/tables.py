@@ -136,7 +136,8 @@ def read_table(
     """
     local, table, options = local or LocalOptions(), table_format(study), TableOptions.of(study)
     features = Features.of(table, options.group_column)
-    rows: dict[str, _Row] = {}
+    rows: list[_Row] = []
+    first: dict[str, str] = {}
     skipped: list[Skipped] = []
     duplicates: list[tuple[str, str]] = []
     label_of = _label_reader(study, local)
@@ -146,13 +147,15 @@ def read_table(
         except UnreadableExample as error:
             skipped.append(Skipped(name, error.reason))
             continue
-        # Two patients may well agree in every value of a narrow table, so a repeated row is reported, and used, once.
-        first = rows.setdefault(row.digest, row)
-        if first is not row:
-            duplicates.append((row.name, first.name))
+        same = first.setdefault(row.digest, name)
+        if same != name:
+            duplicates.append((name, same))
+        # Without patients' keys, equal rows of a narrow table are as likely two patients as one: both count.
+        if same == name or row.group is None:
+            rows.append(row)
         if on_progress is not None and done % PROGRESS_ROWS == 0:
             on_progress(done, done)
-    ordered = [rows[digest] for digest in sorted(rows)]
+    ordered = sorted(rows, key=lambda row: row.digest)
     parts = [_part(row, study, secret) for row in ordered]
     _require_enough(ordered, parts, study, options)
     report = _report(ordered, parts, study, secret, skipped=skipped, duplicates=duplicates)

@@ -19,6 +19,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fl_client.tasks.base import (
     EpochProgress,
@@ -238,9 +239,10 @@ def fit(start: _Linear, features: Floats, labels: Labels, classes: int, plan: Ro
     scikit-learn's solver does it; a proximal term, or a site without examples of some class, which that solver does not
     know, are minimised here with the same method.
     """
-    if plan.mu == 0 and len(np.unique(labels)) == classes:
-        return _fit_sklearn(start, features, labels, plan)
-    return _fit_proximal(start, features, labels, plan)
+    with threadpool_limits(limits=1):  # the products are tiny: threads would only wait for each other
+        if plan.mu == 0 and len(np.unique(labels)) == classes:
+            return _fit_sklearn(start, features, labels, plan)
+        return _fit_proximal(start, features, labels, plan)
 
 
 def _fit_sklearn(start: _Linear, features: Floats, labels: Labels, plan: RoundPlan) -> _Linear:
