@@ -1,0 +1,150 @@
+"""Tracking against a real MLflow server and a real gateway, through an outage."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from coordinator_stack import CLASSES, CoordinatorStack, coordinator
+from flower_stack import until
+
+from fl_server.figures import draw_confusion, draw_curves
+from fl_server.tracking import Progress, round_values
+from medhive.states import RoundState
+from medhive.wire import API, RoundAnswer, SiteRound
+
+NAMES = ("a", "b")
+AT = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CoordinatorStack]:
+    with coordinator(tmp_path_factory.mktemp("tracked"), with_mlflow=True) as stack:
+        stack.start_server()
+        stack.add_study("tumours", NAMES, min_sites=2, deadline_s=60)
+        for hospital in stack.hospitals.values():
+            hospital.start()
+        yield stack
+
+
+@pytest.fixture
+def mlflow(stack: CoordinatorStack, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient  # noqa: PLC0415 - after the variable
+
+    return MlflowClient(tracking_uri=stack.mlflow_url)
+
+
+def tracked(stack: CoordinatorStack, mlflow: Any, run_id: str, status: str) -> Any:
+    """The MLflow run of a run, once it has this status."""
+
+    def look() -> Any:
+        mlflow_id = stack.run(run_id).mlflow_run_id
+        found = mlflow.get_run(mlflow_id) if mlflow_id else None
+        return found if found and found.info.status == status else None
+
+    return until(look, f"{run_id} is {status} in MLflow", 120)
+
+
+def history(mlflow: Any, run: Any, name: str) -> list[tuple[int, float]]:
+    return [(item.step, round(item.value, 6)) for item in mlflow.get_metric_history(run.info.run_id, name)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:google")
+def test_nothing_is_lost_while_mlflow_is_away(stack: CoordinatorStack, mlflow: Any, tmp_path: Path) -> None:
+    # A whole run while MLflow has never been there.
+    first = stack.request("tumours", rounds=2)
+    assert stack.ended(first).state == "completed"
+    stack.start_mlflow()
+    run = tracked(stack, mlflow, first, "FINISHED")
+    assert history(mlflow, run, "val_accuracy") == [(0, 0.6), (1, 0.7), (2, 0.7)]
+    # MLflow goes away within a run, which is stopped meanwhile, and comes back.
+    for hospital in stack.hospitals.values():
+        hospital.training_s = 1.0
+    second = stack.request("tumours", rounds=50)
+    stack.reached(second, 2)
+    stack.mlflow.stop(30)
+    stack.reached(second, 4)
+    stack.admin.post(f"{API}/runs/{second}/stop", {"reason": "enough"})
+    assert stack.ended(second).state == "cancelled"
+    stack.start_mlflow()
+    stopped = tracked(stack, mlflow, second, "KILLED")
+    closed = [item.number for item in stack.rounds(second) if item.state == RoundState.CLOSED]
+    assert [step for step, _ in history(mlflow, stopped, "round_seconds")] == closed
+    assert stopped.data.tags["medhive.reason"] == "enough"
+    check_description(stack, mlflow, first)
+    check_registry(stack, mlflow, first, tmp_path)
+    check_second_delivery_changes_nothing(stack, mlflow, first)
+
+
+def check_description(stack: CoordinatorStack, mlflow: Any, run_id: str) -> None:
+    run = mlflow.get_run(stack.run(run_id).mlflow_run_id)
+    assert run.info.run_name == run_id
+    assert run.data.params["strategy"] == "fedprox"
+    assert run.data.params["rounds"] == "2"
+    assert run.data.tags["medhive.spec_hash"] == stack.run(run_id).spec_hash
+    assert run.data.tags["medhive.sites"] == "a,b"
+    assert '"strategy":"fedprox"' in run.data.tags["medhive.spec"]
+    assert history(mlflow, run, "site/a/val_accuracy") == [(0, 0.6), (1, 0.7)]
+    assert history(mlflow, run, "sites_answered") == [(0, 2), (1, 2), (2, 2)]
+    assert [step for step, _ in history(mlflow, run, "bytes_up")] == [0, 1, 2]
+    artifacts = {item.path for item in mlflow.list_artifacts(run.info.run_id)}
+    assert {"curves.png", "confusion_matrix.png", "rounds.json", "spec.json", "model"} <= artifacts
+
+
+def check_registry(stack: CoordinatorStack, mlflow: Any, run_id: str, folder: Path) -> None:
+    version = stack.version("tumours", 1)
+    model = mlflow.get_registered_model("medhive-tumours")
+    assert model.aliases == {"newest": "1", "candidate": "1"}
+    registered = mlflow.get_model_version("medhive-tumours", "1")
+    assert registered.tags["medhive.digest"] == version.digest
+    assert registered.run_id == stack.run(run_id).mlflow_run_id
+    path = mlflow.download_artifacts(registered.run_id, "model/weights.safetensors", str(folder))
+    assert Path(path).stat().st_size == version.size_bytes
+
+
+def check_second_delivery_changes_nothing(stack: CoordinatorStack, mlflow: Any, run_id: str) -> None:
+    run = mlflow.get_run(stack.run(run_id).mlflow_run_id)
+    before = {name: history(mlflow, run, name) for name in run.data.metrics}
+    stack.server.stop()
+    (stack.folder / "server" / "tracking.json").unlink()
+    told = stack.server.text.count("tracking.told")
+    stack.start_server()
+    until(lambda: stack.server.text.count("tracking.told") >= told + 2, "both runs are told again", 60)
+    assert {name: history(mlflow, run, name) for name in run.data.metrics} == before
+    assert len(mlflow.search_runs([run.info.experiment_id])) == 2
+    assert len(mlflow.search_model_versions("name = 'medhive-tumours'")) == 1
+
+
+def test_values_of_a_round_carry_its_own_time_and_the_right_step() -> None:
+    sites = (
+        SiteRound(site="a", answered=True, examples=5, metrics={"val_loss": 0.5, "val_recall/x": 1.0}, training_s=2.0),
+        SiteRound(site="b", dropped="late"),
+        SiteRound(site="c", dropped="not addressed: its consent expired"),
+    )
+    answer = RoundAnswer(number=3, state=RoundState.CLOSED, opened_at=AT, closed_at=AT, sites=sites, seconds=4.0)
+    values = {value.name: value for value in round_values(answer)}
+    assert all(value.at == AT for value in values.values())
+    assert (values["site/a/val_loss"].step, values["site/a/val_recall/x"].step) == (2, 2)
+    assert (values["site/a/training_s"].step, values["round_seconds"].step) == (3, 3)
+    counts = [values[f"sites_{name}"].value for name in ("addressed", "answered", "dropped")]
+    assert counts == [2, 1, 2]
+
+
+def test_progress_survives_and_a_broken_file_only_costs_time(tmp_path: Path) -> None:
+    path = tmp_path / "tracking.json"
+    Progress(path, AT, {"RUN_1": AT.isoformat()}, {"RUN_2"}).save()
+    read = Progress.load(path)
+    assert (read.cursor, read.told, read.owed) == (AT, {"RUN_1": AT.isoformat()}, {"RUN_2"})
+    path.write_text("{")
+    assert Progress.load(path).told == {}
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    draw_curves(
+        {"loss": {"val_loss": [(0, 1.0), (1, 0.5)]}, "accuracy": {"val_accuracy": [(0, 0.5)]}}, tmp_path / "a.png"
+    )
+    draw_confusion([[5, 1], [0, 4]], (*CLASSES[:1], "100 $ or more $"), tmp_path / "b.png")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
