@@ -24,6 +24,7 @@ from fl_client.limits import Limits
 from fl_client.node import Node
 from fl_client.settings import Settings
 from fl_client.site import Site, join_site
+from fl_client.trainer import Trainer
 from medhive.client import GatewayClient
 from medhive.envelope import Contribution, ContributionBody, Task, TaskBody, TaskType, from_bytes, to_bytes
 from medhive.packing import sha256_file
@@ -117,11 +118,11 @@ class Running:
 
 
 @contextmanager
-def running(site: Site, fleet: Loopback | None = None) -> Iterator[Running]:
-    """Run a site's node until the block ends."""
+def running(site: Site, fleet: Loopback | None = None, trainer: Trainer | None = None) -> Iterator[Running]:
+    """Run a site's node until the block ends; a warm trainer may be lent to it."""
     loopback = fleet or Loopback()
     events: list[NodeEvent] = []
-    node = Node(site, events.append, open_fleet=lambda _site, _on_outage: loopback)
+    node = Node(site, events.append, trainer, open_fleet=lambda _site, _on_outage: loopback)
     run = Running(node, loopback, events)
 
     def serve() -> None:
@@ -211,8 +212,11 @@ class World:
     def lease(self, run: RunAnswer) -> Lease:
         """Take a ready run and start it."""
         wait_for(lambda: self.look(run.id).state == "ready", f"{run.id} being ready (is {self.look(run.id)})")
-        lease = Lease.model_validate(self.server.post(f"{API}/server/lease", {"holder": "test"}))
-        assert lease.run_id == run.id
+        # Runs that earlier tests have left behind lose their leases and are offered again.
+        while True:
+            lease = Lease.model_validate(self.server.post(f"{API}/server/lease", {"holder": "test"}))
+            if lease.run_id == run.id:
+                break
         self.server.post(f"{API}/server/runs/{run.id}/start", {"fence": lease.fence})
         return lease
 
@@ -227,7 +231,7 @@ class World:
         self.server.download(f"{API}/runs/{run.id}/blobs/{digest}", destination, digest, max_bytes=2**31)
         return destination
 
-    def task(self, run: RunAnswer, site: str, kind: TaskType, number: int = 0, **fields: Any) -> Task:
+    def task(self, run: RunAnswer, to: str, kind: TaskType, number: int = 0, /, **fields: Any) -> Task:
         """A signed task."""
         key = fields.pop("key", self.key)
         values = {
@@ -235,7 +239,7 @@ class World:
             "type": kind,
             "run_id": run.id,
             "study": run.study,
-            "site": site,
+            "site": to,
             "round": number,
             "rounds": run.rounds,
             "spec_hash": run.spec_hash,
@@ -244,6 +248,12 @@ class World:
             "nonce": secrets.token_hex(16),
         }
         return sign(TaskBody.model_validate({**values, **fields}), key)
+
+    def close_round(self, run: RunAnswer, lease: Lease, number: int, digest: str) -> None:
+        """Report a round as closed."""
+        now = datetime.now(UTC).isoformat()
+        body = {"fence": lease.fence, "state": "closed", "opened_at": now, "closed_at": now, "weights_digest": digest}
+        self.server.put(f"{API}/server/runs/{run.id}/rounds/{number}", body)
 
     def end(self, run: RunAnswer, lease: Lease, digest: str | None, state: str = "completed", **fields: Any) -> None:
         """Report the end of a run."""

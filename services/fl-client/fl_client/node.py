@@ -109,13 +109,14 @@ class Node:
 
         Args:
             listener: told what happens, on the node's threads, one call at a time.
-            trainer: where the work is done; one of the node's own when left out.
+            trainer: where the work is done, closed by who made it; one of the node's own when left out.
             open_fleet: makes a connection to the fleet, again after each that has failed.
         """
         self._open_fleet = open_fleet
         self._site = site
         self._listener = listener
         self._listening = threading.Lock()
+        self._owns_trainer = trainer is None
         self._trainer = trainer or site.trainer()
         self._stopping = threading.Event()
         self._wake_watch = threading.Event()
@@ -167,7 +168,8 @@ class Node:
             fleet.close()
 
     def _close(self) -> None:
-        self._trainer.close()
+        if self._owns_trainer:
+            self._trainer.close()
         self._reporter.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
