@@ -320,7 +320,7 @@ def test_a_killed_trainer_is_answered_and_the_next_round_works(scene: Scene) -> 
 
 def test_activity_is_reported_while_it_lasts(scene: Scene) -> None:
     world, base = scene.world, scene.base
-    run = scene.consented(local_epochs=40)
+    run = scene.consented(local_epochs=15)
     world.lease(run)
     digest = world.put(run, base)
 

@@ -12,6 +12,7 @@ from medhive.errors import MedHiveError, Unreachable
 from medhive.wire import ActivityReport
 
 RETRY_S = 1.0
+CLOSE_WAIT_S = 5.0  # a word on its way to an absent gateway does not hold up the end of the process
 
 log = structlog.get_logger()
 
@@ -38,6 +39,7 @@ class ActivityReporter:
         with self._change:
             self._closed = True
             self._change.notify_all()
+        self._thread.join(CLOSE_WAIT_S)
 
     def _work(self) -> None:
         while True:

@@ -4,6 +4,7 @@ Each look asks for the state of things and acts on the difference to what is kep
 missed, seen twice or seen late change nothing. The event stream only says when to look.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -34,6 +35,8 @@ from medhive.wire import CountersignBody, Head, RunAnswer
 
 # A head is countersigned at most so often: enough to date a rewriting to the minute, few enough to stay unnoticed.
 COUNTERSIGN_EVERY = timedelta(seconds=30)
+# Runs that changed within this before the last one seen are asked for again: two may change in the same moment.
+CHANGED_OVERLAP = timedelta(seconds=2)
 LISTED_RUNS = 200  # of the gateway's list; older ones have long been announced
 GOING_ON = frozenset({RunState.READY, RunState.RUNNING})
 
@@ -63,7 +66,9 @@ class Watch:
         self._trainer = trainer
         self._emit = emit
         self._background = background
+        self._waiting: dict[str, RunAnswer] = {}
         self._asked: set[str] = set()
+        self._since: datetime | None = None
         self._countersigned_at: datetime | None = None
         self._rewritten = False
 
@@ -76,14 +81,28 @@ class Watch:
         """
         self._deliver()
         # Runs first: a version that has just come then belongs to a run whose end is announced with it.
-        runs = self._site.gateway.runs(limit=LISTED_RUNS)
+        runs = self._changed_runs()
         studies = tuple(study.name for study in self._site.gateway.studies())
         for study in studies:
             self._one_at_a_time(f"versions of {study}", partial(self._look_at_versions, study))
-        for run in sorted(runs, key=lambda item: item.created_at):
+        for run in runs:
             self._one_at_a_time(run.id, partial(self._look_at_run, run))
+        for run in list(self._waiting.values()):
+            self._one_at_a_time(run.id, partial(self._ask_consent, run))
         self._one_at_a_time("event log", self._look_at_head)
-        return Watched(studies, any(self._is_mine(run) and run.state in GOING_ON for run in runs))
+        return Watched(
+            studies, any(run.state in GOING_ON and self._is_mine(run.run_id) for run in self._site.store.runs())
+        )
+
+    def _changed_runs(self) -> list[RunAnswer]:
+        """Runs that have changed since the last look, and ended ones whose model is still to come; oldest first."""
+        since = (self._since - CHANGED_OVERLAP).isoformat() if self._since is not None else None
+        changed = {run.id: run for run in self._site.gateway.runs(changed_after=since, limit=LISTED_RUNS)}
+        for known in self._site.store.runs():
+            if known.state in FINAL_RUN_STATES and not known.announced and known.run_id not in changed:
+                changed[known.run_id] = self._site.gateway.run(known.run_id)
+        self._since = max((run.updated_at for run in changed.values()), default=self._since)
+        return sorted(changed.values(), key=lambda run: run.created_at)
 
     def _one_at_a_time(self, what: str, work: Callable[[], None]) -> None:
         """One bad run or version must not stop the others."""
@@ -102,8 +121,8 @@ class Watch:
 
     # ---- runs ----------------------------------------------------------------------------------------------------
 
-    def _is_mine(self, run: RunAnswer) -> bool:
-        given = self._site.store.consent(run.id)
+    def _is_mine(self, run_id: str) -> bool:
+        given = self._site.store.consent(run_id)
         return given is not None and given.state in ("sending", "granted")
 
     def _look_at_run(self, run: RunAnswer) -> None:
@@ -111,23 +130,29 @@ class Watch:
         seen = KnownRun(run.id, run.study, run.state, run.round, run.rounds, known is not None and known.announced)
         if known != seen:
             self._site.store.keep_run(seen)
-        if run.state is RunState.CONSENTING and self._site.store.consent(run.id) is None:
-            self._ask_consent(run)
+        if run.state is RunState.CONSENTING:
+            self._waiting[run.id] = run
+        else:
+            self._waiting.pop(run.id, None)
         if run.state in FINAL_RUN_STATES and not seen.announced:
             self._announce_end(run, seen)
 
     def _ask_consent(self, run: RunAnswer) -> None:
-        if run.id in self._asked:
+        """Consent by itself where that is allowed, by now perhaps by a new policy; else say once that a person must."""
+        if self._site.store.consent(run.id) is not None:
+            self._waiting.pop(run.id, None)
             return
-        self._asked.add(run.id)
         try:
             allowed = consents.permission(self._site, run)
         except MedHiveError as error:
             allowed = str(error)
-        if isinstance(allowed, str):
+        if not isinstance(allowed, str):
+            # Tried once: when the data do not allow it, a person decides.
+            self._waiting.pop(run.id, None)
+            self._background(f"consent {run.id}", partial(self._consent, run, allowed))
+        elif run.id not in self._asked:
+            self._asked.add(run.id)
             self._emit(ConsentWanted(run.id, run.study, run.rounds, run.requested_by, allowed))
-        else:
-            self._background(f"consent {run.id}", lambda: self._consent(run, allowed))
 
     def _consent(self, run: RunAnswer, allowed: consents.Permission) -> None:
         try:
@@ -139,7 +164,7 @@ class Watch:
         self._emit(ConsentGiven(run.id, run.study, allowed.given_by, allowed.person))
 
     def _announce_end(self, run: RunAnswer, seen: KnownRun) -> None:
-        if self._is_mine(run):
+        if self._is_mine(run.id):
             version = self._site.store.version(run.study, run.version) if run.version is not None else None
             if run.version is not None and version is None:
                 return  # its file is still to come; the next look announces both
@@ -158,6 +183,8 @@ class Watch:
                 )
             )
         self._site.store.keep_run(replace(seen, announced=True))
+        # Weights and optimiser states of the rounds; the model itself lies in the models folder.
+        shutil.rmtree(self._site.folder("runs") / run.id, ignore_errors=True)
 
     # ---- versions ------------------------------------------------------------------------------------------------
 
