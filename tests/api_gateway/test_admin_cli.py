@@ -360,7 +360,7 @@ def test_the_menu_announces_a_request_at_once_and_approves_it(world: CommandWorl
         person.expect(f"{request['id']} is approved")
         person.expect("Number:")
         person.type("9")
-        person.expect("success rate")
+        person.expect("blob store")
         person.expect("Number:")
         person.type("0")
         assert person.end() == 0
