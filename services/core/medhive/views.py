@@ -157,6 +157,13 @@ def run_details(terminal: Terminal, run: RunAnswer, rounds: Sequence[RoundAnswer
     if rounds:
         terminal.line()
         rounds_table(terminal, rounds)
+    if run.sites:
+        terminal.line()
+        site_rows = [
+            [item.site, item.examples, share(item.metrics.get("val_accuracy")), share(item.metrics.get("val_loss"))]
+            for item in run.sites
+        ]
+        terminal.table(["final weights at", "examples>", "accuracy>", "loss>"], site_rows)
 
 
 def rounds_table(terminal: Terminal, rounds: Sequence[RoundAnswer]) -> None:
