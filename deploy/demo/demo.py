@@ -55,8 +55,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def say(text: str = "") -> None:
-    """Print a line at once."""
-    print(text, flush=True)  # noqa: T201
+    """Print a line at once; paths below the present folder are shown from here."""
+    print(text.replace(f"{Path.cwd()}{os.sep}", ""), flush=True)  # noqa: T201
 
 
 def title(text: str) -> None:
@@ -174,7 +174,7 @@ class Demo:
         """Watch the run to its end."""
         title("Training")
         argv = ["medhive-admin", "watch", run_id]
-        say("$ " + " ".join(argv))
+        say("coordinator $ " + " ".join(argv))
         done = subprocess.run(argv, env=self.stack.admin_env(), timeout=RUN_DEADLINE_S, check=False)
         run: dict[str, Any] = self.stack.admin_json("show", run_id)
         if done.returncode or run["state"] != "completed":

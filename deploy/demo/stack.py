@@ -302,8 +302,10 @@ class Stack:
 
     def start_server(self) -> None:
         """Start the aggregator and wait until it takes work."""
+        earlier = self.programs.get("server")
+        said = len(earlier.text()) if earlier else 0
         program = self._program("server", ["medhive-server", "serve"], self.server_env())
-        program.wait_for(r"(?m)^ready$")
+        program.wait_for(r"(?m)^ready$", after=said)
 
     def start_site(self, site: str) -> Program:
         """Start `medhive-site run` at one hospital."""
@@ -327,7 +329,7 @@ class Stack:
     def _command(
         self, argv: Sequence[str], env: Mapping[str, str], secret_input: str | None, deadline_s: float
     ) -> subprocess.CompletedProcess[str]:
-        self.show("$ " + " ".join(_quoted(part) for part in argv))
+        self.show(f"{env.get('CLIENT_ID', 'coordinator')} $ " + " ".join(_quoted(part) for part in argv))
         return subprocess.run(
             argv, env=dict(env), input=secret_input, capture_output=True, text=True, timeout=deadline_s, check=False
         )
