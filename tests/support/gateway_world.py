@@ -266,13 +266,13 @@ class Hospital:
         where = "withdraw" if decision == "withdrawn" else "consents"
         return self.client.post(f"{API}/runs/{run.id}/{where}", self.consent(run, decision, **changes))
 
-    def decision(self, version: VersionAnswer, decision: str, **changes: Any) -> Decision:
+    def decision(self, about: VersionAnswer, decision: str, **changes: Any) -> Decision:
         """A signed decision on a version."""
         values = {
             "site": self.site,
-            "study": version.study,
-            "version": version.version,
-            "digest": version.digest,
+            "study": about.study,
+            "version": about.version,
+            "digest": about.digest,
             "decision": decision,
             "person": "Dr. Test",
             "issued_at": datetime.now(UTC),
@@ -287,7 +287,7 @@ class Hospital:
 
 def join_body(
     coordinator: CoordinatorAnswer,
-    site: str,
+    name: str,
     token: str,
     key: SigningKey,
     node_key: ec.EllipticCurvePrivateKey,
@@ -299,7 +299,7 @@ def join_body(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     values = {
-        "site": site,
+        "site": name,
         "invite_sha256": hashlib.sha256(secret.encode()).hexdigest(),
         "coordinator_key_id": coordinator.key_id,
         "node_public_key": pem.decode(),

@@ -30,7 +30,7 @@ from api_gateway.work import Gateway
 from medhive import __version__
 from medhive.errors import InvalidInput, MedHiveError
 
-GRACEFUL_S = 3  # answers under way may finish; streams are ended at once
+GRACEFUL_S = 1  # answers take milliseconds and parts of blobs are resumed; idle TLS connections use all of it
 BACKLOG = 512
 MIN_PASSWORD = 12  # as for every account
 KEEP_ALIVE_S = 75  # hospitals poll; a connection that is kept saves them a TLS handshake

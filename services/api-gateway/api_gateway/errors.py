@@ -73,13 +73,10 @@ ROUTE_ERRORS: Mapping[int, str] = MappingProxyType(
 """What the router itself refuses, which has no error class."""
 
 
-def status_of(error: MedHiveError) -> HTTPStatus:
-    """The status of an error: its own, or that of the nearest cause it is a kind of."""
-    for kind in type(error).__mro__:
-        status = STATUS.get(getattr(kind, "code", ""))
-        if status is not None:
-            return status
-    return HTTPStatus.INTERNAL_SERVER_ERROR
+def known_code(kind: type[MedHiveError]) -> str:
+    """The code that callers know an error by: its own, or that of the nearest cause that it is a kind of."""
+    codes = (getattr(each, "code", "") for each in kind.__mro__)
+    return next(code for code in codes if code in STATUS)
 
 
 def problem(code: str, status: int, detail: str, data: Mapping[str, Any] | None = None) -> JSONResponse:
@@ -92,7 +89,9 @@ def problem(code: str, status: int, detail: str, data: Mapping[str, Any] | None 
 
 def problem_of(error: MedHiveError) -> JSONResponse:
     """The problem document of a refusal."""
-    return problem(error.code, status_of(error), str(error), error.data)
+    code = known_code(type(error))
+    data = error.data if code == error.code else {"cause": error.code, **error.data}
+    return problem(code, STATUS[code], str(error), data)
 
 
 def install(app: FastAPI) -> None:
