@@ -25,6 +25,7 @@ from fl_client.events import (
     VersionArrived,
 )
 from fl_client.gateway import SiteRevoked
+from fl_client.jobs import Job, JobFailed, JobKind
 from fl_client.site import Site
 from fl_client.store import KnownRun
 from fl_client.trainer import Trainer
@@ -68,6 +69,7 @@ class Watch:
         self._background = background
         self._waiting: dict[str, RunAnswer] = {}
         self._asked: set[str] = set()
+        self._warmed: set[str] = set()
         self._since: datetime | None = None
         self._countersigned_at: datetime | None = None
         self._rewritten = False
@@ -134,8 +136,21 @@ class Watch:
             self._waiting[run.id] = run
         else:
             self._waiting.pop(run.id, None)
+        if run.state is RunState.READY and run.id not in self._warmed and self._is_mine(run.id):
+            self._warmed.add(run.id)
+            self._background(f"warm {run.id}", partial(self._warm, run))
         if run.state in FINAL_RUN_STATES and not seen.announced:
             self._announce_end(run, seen)
+
+    def _warm(self, run: RunAnswer) -> None:
+        """Have the trainer load its libraries and read the data while the aggregator is still starting the run."""
+        source = self._site.source(run.study, run.spec.task, run.spec.data)
+        device = self._site.limits().device
+        try:
+            self._trainer.run(Job(id=f"warm-{run.id}", kind=JobKind.STATISTICS, source=source, device=device))
+        except JobFailed as error:
+            # The first task will fail for the same reason, and say so to everybody.
+            log.info("watch.not-warmed", run_id=run.id, reason=error.cause_code)
 
     def _ask_consent(self, run: RunAnswer) -> None:
         """Consent by itself where that is allowed, by now perhaps by a new policy; else say once that a person must."""
