@@ -310,8 +310,9 @@ def test_a_killed_trainer_is_answered_and_the_next_round_works(scene: Scene) -> 
     world.lease(quick)
     with scene.node() as node:
         message = node.send(scene.train(run, digest))
-        node.wait(EpochDone)
-        os.kill(trainer.process_id or 0, signal.SIGKILL)
+        for deaths in (1, 2):
+            node.wait(RoundStarted, count=deaths)
+            os.kill(trainer.process_id or 0, signal.SIGKILL)
         body = node.answer(message).body
         assert (body.outcome, body.reason_code) == ("failed", "out-of-memory")
         assert node.wait(RoundFailed).code == "out-of-memory"

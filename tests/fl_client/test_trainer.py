@@ -55,6 +55,10 @@ def started(ticket_events: list[JobEvent]) -> bool:
     return any(isinstance(event, Started) for event in ticket_events)
 
 
+def starts(ticket_events: list[JobEvent]) -> int:
+    return sum(isinstance(event, Started) for event in ticket_events)
+
+
 def wait_for(condition: object, deadline_s: float = DEADLINE_S) -> None:
     until = time.monotonic() + deadline_s
     while not condition():  # type: ignore[operator]
@@ -102,14 +106,28 @@ def test_cancelling_stops_one_run_and_leaves_the_child_warm(trainer: Trainer, im
     assert trainer.process_id == process
 
 
-def test_a_killed_child_is_out_of_memory_and_the_next_job_works(
+def test_a_killed_childs_job_begins_anew_with_the_same_result(
+    trainer: Trainer, images: Source, tmp_path: Path
+) -> None:
+    make_base(trainer, images, tmp_path)
+    unbroken = trainer.run(training(images, tmp_path, "one", epochs=4))["digest"]
+    events: list[JobEvent] = []
+    ticket = trainer.submit(training(images, tmp_path, "two", epochs=4), events.append)
+    wait_for(lambda: starts(events) == 1)
+    os.kill(trainer.process_id or 0, signal.SIGKILL)
+    assert ticket.result()["digest"] == unbroken
+    assert starts(events) == 2
+
+
+def test_a_job_that_kills_two_children_is_out_of_memory_and_the_next_one_works(
     trainer: Trainer, images: Source, tmp_path: Path
 ) -> None:
     make_base(trainer, images, tmp_path)
     events: list[JobEvent] = []
     ticket = trainer.submit(training(images, tmp_path, "big", epochs=100), events.append)
-    wait_for(lambda: started(events))
-    os.kill(trainer.process_id or 0, signal.SIGKILL)
+    for deaths in (1, 2):
+        wait_for(lambda count=deaths: starts(events) == count)
+        os.kill(trainer.process_id or 0, signal.SIGKILL)
     with pytest.raises(JobFailed) as caught:
         ticket.result()
     assert caught.value.cause_code == "out-of-memory"

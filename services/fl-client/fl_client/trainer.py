@@ -1,7 +1,8 @@
 """The node's handle on its trainer: starts it, keeps it warm, notices its death, and gives its work to a fresh one.
 
-A trainer that is killed for its memory takes every run with it that it holds. So the runs that were active are tried
-again one at a time; only the one that dies again, alone, is answered as out of memory.
+A trainer that is killed for its memory takes every run with it that it holds, and a process may be killed for reasons that
+have nothing to do with its work. So the runs that were active are tried again one at a time; only the one that dies again,
+alone, is answered as out of memory.
 """
 
 import contextlib
@@ -281,7 +282,7 @@ class Trainer:
             self._blame(active, process.returncode)
 
     def _blame(self, active: list[Ticket], returncode: int) -> None:
-        if len(active) == 1:
+        if len(active) == 1 and active[0].suspect:
             self._settle(active[0], _death_of(active[0], returncode))
         elif active:
             for ticket in active:
