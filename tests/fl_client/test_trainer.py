@@ -106,9 +106,7 @@ def test_cancelling_stops_one_run_and_leaves_the_child_warm(trainer: Trainer, im
     assert trainer.process_id == process
 
 
-def test_a_killed_childs_job_begins_anew_with_the_same_result(
-    trainer: Trainer, images: Source, tmp_path: Path
-) -> None:
+def test_a_killed_childs_job_begins_anew_with_the_same_result(trainer: Trainer, images: Source, tmp_path: Path) -> None:
     make_base(trainer, images, tmp_path)
     unbroken = trainer.run(training(images, tmp_path, "one", epochs=4))["digest"]
     events: list[JobEvent] = []
