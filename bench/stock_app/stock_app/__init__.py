@@ -1,0 +1,1 @@
+"""A minimal Flower app, made as Flower's own examples are."""
