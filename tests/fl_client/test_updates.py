@@ -142,7 +142,7 @@ def test_a_version_offered_again_wants_a_new_decision(world: World, site: Site, 
     offered = [item.version.version for item in updates.sync_versions(site, study)]
     state = answer(world, study, first)
     own = [item.state for item in state.decisions if item.site == site.name]
-    assert (offered == [first]) == (own == ["pending"])
+    assert (offered, own) == ([first], ["pending"])
     assert second in {item.version for item in updates.list_updates(site)}
 
 

@@ -135,7 +135,7 @@ def make_candidate(work: Work, version: Version) -> None:
     )
     transition(work.session, Version.state, version, VersionState.CANDIDATE)
     for site in work.session.scalars(select(Member.site).where(Member.study == version.study)).all():
-        _await(work, version, site)
+        _ask(work, version, site)
     _record(work, version, Kind.VERSION_OFFERED)
 
 
@@ -150,6 +150,17 @@ def _await(work: Work, version: Version, site: str) -> None:
     if work.session.get(DecisionRow, (version.study, version.number, site)) is None:
         row = DecisionRow(study=version.study, version=version.number, site=site, state=DecisionState.PENDING)
         work.session.add(row)
+
+
+def _ask(work: Work, version: Version, site: str) -> None:
+    """Ask a site for its decision; one that has rejected the version is asked anew, one that uses it need not repeat it."""
+    _await(work, version, site)
+    work.session.flush()
+    row = work.session.get_one(DecisionRow, (version.study, version.number, site))
+    if row.state == DecisionState.REJECTED:
+        transition(work.session, DecisionRow.state, row, DecisionState.PENDING)
+        # When it was issued stays, so that the old rejection cannot be sent again.
+        row.document, row.decided_at = None, None
 
 
 # ---- looking -------------------------------------------------------------------------------------------------------
@@ -305,7 +316,7 @@ def export(work: Work, study: str, number: int, site: str) -> VersionAnswer:
     row = work.site(site)
     if not work.is_member(study, site) or row.state != SiteState.ACTIVE:
         raise NotAllowed(f"Site {site} takes no part in the study {study}.", site=site, study=study)
-    _await(work, version, site)
+    _ask(work, version, site)
     _record(work, version, Kind.VERSION_EXPORTED, site=site)
     work.session.flush()
     return to_answer(work, version)

@@ -127,7 +127,8 @@ DECISION_TRANSITIONS: Mapping[DecisionState, frozenset[DecisionState]] = {
     DecisionState.PENDING: frozenset({DecisionState.ACCEPTED, DecisionState.REJECTED}),
     # A hospital may change its mind: rolling back rejects what it had accepted, and the other way round.
     DecisionState.ACCEPTED: frozenset({DecisionState.REJECTED}),
-    DecisionState.REJECTED: frozenset({DecisionState.ACCEPTED}),
+    # Back to pending: the coordinator offers the version anew.
+    DecisionState.REJECTED: frozenset({DecisionState.ACCEPTED, DecisionState.PENDING}),
 }
 
 CONSENT_TRANSITIONS: Mapping[ConsentState, frozenset[ConsentState]] = {
