@@ -268,13 +268,20 @@ class Collector:
         self._clock = clock
         self._accept = accept
 
-    def collect(self, question: Question, members: Sequence[Member], given: Mapping[str, Answer]) -> Collected:
+    def collect(
+        self,
+        question: Question,
+        members: Sequence[Member],
+        given: Mapping[str, Answer],
+        on_asked: Callable[[], None] = lambda: None,
+    ) -> Collected:
         """Ask, and return when all have answered or been dropped, or when `needed` cannot be reached any more.
 
         Args:
             question: what to ask.
             members: whom.
             given: answers that a former life of this process verified and kept; these sites are not asked again.
+            on_asked: done once all are asked, while they work.
 
         Raises:
             StopRequested, RunOver, LeaseLost: from the watch.
@@ -282,8 +289,10 @@ class Collector:
             RunStopped: from the exchange.
         """
         pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="updates")
-        call = _Call(self, question, members, given, pool)
+        call = _Call(self, question, given, pool)
         try:
+            call.ask(members)
+            on_asked()
             return call.run()
         finally:
             call.abandon()
@@ -322,7 +331,6 @@ class _Call:
         self,
         collector: Collector,
         question: Question,
-        members: Sequence[Member],
         given: Mapping[str, Answer],
         pool: ThreadPoolExecutor,
     ) -> None:
@@ -333,8 +341,11 @@ class _Call:
         self._seats: dict[str, _Seat] = {}
         self._checking: dict[str, Future[Answer]] = {}
         self._log = log.bind(run_id=question.run_id, round=question.round, task=str(question.type))
+
+    def ask(self, members: Sequence[Member]) -> None:
+        """Ask everybody whose answer is not there yet."""
         for member in members:
-            if member.site not in given:
+            if member.site not in self._collected.answers:
                 self._ask_first(member)
 
     def run(self) -> Collected:

@@ -6,7 +6,7 @@ on disk before the round is reported. So it does not matter where a crash comes:
 checkpoint, takes the verified updates that lie in the open round's folder, and arrives at the same bits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -244,8 +244,7 @@ class RunLoop:
         name = f"Round {number} of {self._run.rounds}"
         needed = max(self._options.min_sites, strategy.min_updates)
         members, left_out = self._cohort(number, name, needed)
-        self._announce(opened, members)
-        collected = self._ask_updates(number, before, members, needed)
+        collected = self._ask_updates(opened, before, members, needed)
         try:
             self._require_enough(name, collected, left_out, needed)
             state, stats = self._aggregate(number, before, strategy, collected)
@@ -262,7 +261,8 @@ class RunLoop:
         )
         return after
 
-    def _ask_updates(self, number: int, before: Checkpoint, members: Sequence[Member], needed: int) -> Collected:
+    def _ask_updates(self, opened: _Opened, before: Checkpoint, members: Sequence[Member], needed: int) -> Collected:
+        number = opened.number
         folder = self._folder.round_folder(number)
 
         def accept(_: Member, contribution: Contribution) -> Answer:
@@ -276,7 +276,9 @@ class RunLoop:
             base_size_bytes=before.weights.stat().st_size,
             statistics=before.statistics,
         )
-        collected = self._collect(question, members, accept, self._kept(question, members, accept, folder))
+        kept = self._kept(question, members, accept, folder)
+        # Announced while the sites work already: nobody waits for it.
+        collected = self._collect(question, members, accept, kept, lambda: self._announce(opened, members))
         norms = {site: answer.norm for site, answer in collected.answers.items()}
         return drop_from(collected, _outlier_reasons(norms), run_id=self._run.id, round=number)
 
@@ -393,7 +395,12 @@ class RunLoop:
         )
 
     def _collect(
-        self, question: Question, members: Sequence[Member], accept: Accept, given: Mapping[str, Answer] | None = None
+        self,
+        question: Question,
+        members: Sequence[Member],
+        accept: Accept,
+        given: Mapping[str, Answer] | None = None,
+        on_asked: Callable[[], None] = lambda: None,
     ) -> Collected:
         collector = Collector(
             exchange=self._exchange,
@@ -403,7 +410,7 @@ class RunLoop:
             nodes=self._desk.nodes,
             accept=accept,
         )
-        return collector.collect(question, members, given or {})
+        return collector.collect(question, members, given or {}, on_asked)
 
     def _require_enough(
         self, name: str, collected: Collected, left_out: Mapping[str, str], needed: int | None = None
