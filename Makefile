@@ -44,8 +44,11 @@ demo: $(STAMP) ## Run the main job on this machine: DATA= TEST= SITES=3 ROUNDS=3
 	$(BIN)/python deploy/demo/demo.py --sites $(SITES) --rounds $(ROUNDS) $(if $(DATA),--data "$(DATA)") \
 		$(if $(TEST),--test "$(TEST)") $(if $(REPORT),--report "$(REPORT)") $(if $(KEEP),--keep)
 
+# Two files at a time: most tests wait for processes, so that two cores are busy with two.
+WORKERS ?= 2
+
 test: $(STAMP) ## Run every test that needs no container engine
-	$(BIN)/pytest -q --durations=15
+	$(BIN)/pytest -q --durations=15 --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(STAMP) imports ## Check style and import rules
 	$(BIN)/ruff check $(SOURCES)

@@ -48,7 +48,9 @@ def test_dirichlet_gives_uneven_mixes_and_every_site_something_of_each(source: P
     assert len({tuple(part.classes.values()) for part in parts}) > 1
 
 
-@given(shares=st.lists(st.floats(0, 1), min_size=1, max_size=8).filter(lambda s: sum(s) > 0.01), extra=st.integers(0, 500))
+@given(
+    shares=st.lists(st.floats(0, 1), min_size=1, max_size=8).filter(lambda s: sum(s) > 0.01), extra=st.integers(0, 500)
+)
 def test_apportioned_numbers_add_up(shares: list[float], extra: int) -> None:
     count = len(shares) + extra
     normed = np.array(shares) / sum(shares)
