@@ -95,7 +95,8 @@ def serve(settings: Settings, out: TextIO) -> None:
             timeout_graceful_shutdown=GRACEFUL_S,
             timeout_keep_alive=KEEP_ALIVE_S,
         )
-        asyncio.run(_Server(config, gateway.hub).serve(sockets=[sock]))
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_Server(config, gateway.hub).serve(sockets=[sock]))
 
 
 def configure_logging() -> None:
