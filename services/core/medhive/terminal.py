@@ -31,6 +31,19 @@ INTERRUPTED: Final = 130  # the shell's convention for a program ended by Ctrl-C
 # A pipe has no width; a table in a file must not be folded, and no table of ours is wider.
 PIPE_WIDTH: Final = 240
 MAX_SECRET_BYTES: Final = 64 * 1024  # a password, token or policy file is never larger
+GUIDE: Final = "docs/troubleshooting.md"
+# Errors whose cause is seldom in the command itself, with the section that says where to look.
+GUIDE_SECTIONS: Final[Mapping[str, str]] = {
+    "unreachable": "The coordinator does not answer",
+    "wrong-authority": "Another server answers",
+    "clock-skew": "The clock is off",
+    "incompatible-version": "The versions do not fit",
+    "site-revoked": "The hospital is revoked",
+    "no-space": "The disk is full",
+    "out-of-memory": "Out of memory",
+    "run-unsuccessful": "A run fails or expires",
+    "audit-failed": "The event log does not verify",
+}
 
 Model = TypeVar("Model", bound="BaseModel")
 Command_ = TypeVar("Command_", bound=Callable[..., Any])
@@ -280,8 +293,17 @@ def _enter(context: click.Context, invoke: Callable[[click.Context], Any]) -> An
         return invoke(context)
     except MedHiveError as error:
         root = context.find_root().command
-        context.obj.fail(error, root.hints.get(error.code, "") if isinstance(root, Program) else "")
+        context.obj.fail(error, _hint(root, error))
         context.exit(FAILED)
+
+
+def _hint(root: click.Command, error: MedHiveError) -> str:
+    """What to do about an error in this program, else the guide's section for it or for what it says was its cause."""
+    own = root.hints.get(error.code) if isinstance(root, Program) else None
+    if own is not None or GUIDE in str(error):
+        return own or ""
+    section = GUIDE_SECTIONS.get(error.code) or GUIDE_SECTIONS.get(str(error.data.get("cause")))
+    return f"See {GUIDE}, '{section}'." if section else ""
 
 
 class Command(click.Command):
