@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,12 @@ def _memory_gb() -> float | None:
     if not hasattr(os, "sysconf"):
         return None
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+
+
+def end_cleanly_on_signals() -> None:
+    """Turn SIGTERM into an exception, so that whatever was started is ended by those who started it."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)

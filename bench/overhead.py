@@ -253,6 +253,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Exit 1 when a median is above its goal."""
     chosen = parse()
+    machine.end_cleanly_on_signals()
     sizes = [size for size in SIZES if not chosen.models or size.model in chosen.models]
     folder = chosen.keep or Path(tempfile.mkdtemp(prefix="medhive-bench-"))
     try:
