@@ -47,7 +47,7 @@ def test_a_run_goes_from_request_to_version(stack: CoordinatorStack) -> None:
     assert all(site.answered for item in rounds.values() for site in item.sites)
     assert stack.version("tumours", 1).metrics["val_accuracy"] == pytest.approx(0.7)
     assert f"{run_id} round 2/2: 3 of 3 sites answered" in stack.server.text
-    assert not (stack.folder / "server" / "runs" / run_id).exists()
+    until(lambda: not (stack.folder / "server" / "runs" / run_id).exists(), "its folder is removed")
 
 
 @pytest.mark.timeout(400)

@@ -343,12 +343,21 @@ class LightHospital:
         place = (task.run_id, str(task.type), task.round, task.base_digest)
         try:
             if place not in self._replies:
-                self._replies[place] = to_bytes(sign(self._work(task), self.key))
+                self._replies[place] = to_bytes(sign(self._patiently(task), self.key))
             connection.reply(inbound, self._replies[place])
         except RunGone:
             return
         except MedHiveError as error:
             self.errors.append(f"{task.type} {task.round}: {error}")
+
+    def _patiently(self, task: TaskBody) -> ContributionBody:
+        """Do a task, again when the gateway went away meanwhile."""
+        while True:
+            try:
+                return self._work(task)
+            except Unreachable:
+                if self._done.wait(0.5):
+                    raise
 
     def _work(self, task: TaskBody) -> ContributionBody:
         began = time.monotonic()
@@ -375,11 +384,12 @@ class LightHospital:
         )
 
     def _train(self, task: TaskBody) -> dict[str, Any]:
-        self.trained.append((task.run_id, task.round))
         base = self.folder / "base.safetensors"
         self.gateway.fetch_blob(task.run_id, task.base_digest, base, task.base_size_bytes)
         self.gateway.report_activity(task.run_id, ActivityReport(round=task.round, activity=Activity.TRAINING))
-        self._done.wait(self.training_s)
+        if (task.run_id, task.round) not in self.trained:
+            self.trained.append((task.run_id, task.round))
+            self._done.wait(self.training_s)
         rng = np.random.default_rng([self.number, task.round])
         weights = read_weights(base)
         return {
