@@ -342,6 +342,24 @@ def test_rounds_are_reported_once(world: World, hospital: Hospital, study: str) 
     world.server.post(f"{API}/server/runs/{run.id}/end", {"fence": lease.fence, "state": "failed"})
 
 
+def test_blobs_of_old_rounds_are_let_go(world: World) -> None:
+    hospital = world.hospital()
+    run = world.ready(world.study(hospital), hospital, rounds=3)
+    lease = world.started(run)
+    updates = []
+    for number in (1, 2, 3):
+        opened = datetime.now(UTC).isoformat()
+        path, digest = world.weights(seed=400 + number)
+        hospital.client.upload(f"{API}/runs/{run.id}/blobs/{digest}", path)
+        updates.append(digest)
+        report = {"fence": lease.fence, "state": "closed", "opened_at": opened, "sites": [{"site": hospital.site}]}
+        report |= {"weights_digest": digest}
+        world.server.put(f"{API}/server/runs/{run.id}/rounds/{number}", report)
+    found = [hospital.http.head(f"/runs/{run.id}/blobs/{digest}").status_code for digest in updates]
+    assert found == [404, 200, 200]
+    assert world.complete(run, lease, updates[-1]).version == 1
+
+
 def test_weights_that_are_none_make_no_version(world: World, hospital: Hospital, study: str) -> None:
     run = world.ready(study, hospital)
     lease = world.started(run)

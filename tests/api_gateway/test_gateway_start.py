@@ -4,8 +4,6 @@ import os
 import socket
 import ssl
 import stat
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,23 +14,39 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from gateway_world import GatewayProcess, World, running_gateway
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
-from api_gateway import migrate, models
-from api_gateway.db import WRITES, Base, Database
-from medhive.errors import IncompatibleVersion
+from api_gateway import blobs, migrate, models
+from api_gateway.__main__ import build, main
+from api_gateway.app import sweep
+from api_gateway.blobstore import UPLOAD_KEPT
+from api_gateway.causes import Unavailable
+from api_gateway.db import WRITES, Base, Database, translated
+from api_gateway.settings import Settings
+from medhive.errors import IncompatibleVersion, NoSpace
 from medhive.wire import API
 
 
-def failed_start(folder: Path, **settings: str) -> str:
-    """Start, expect exit code 1, and return the one sentence."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MEDHIVE_")}
-    environment |= {"MEDHIVE_GATEWAY_STATE_DIR": str(folder / "state"), "MEDHIVE_GATEWAY_PORT": "0"}
-    environment |= {f"MEDHIVE_GATEWAY_{name.upper()}": value for name, value in settings.items()}
-    command = [sys.executable, "-m", "api_gateway", "serve"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    return done.stderr
+class FailedStart:
+    """Starts that are to fail: exit code 1 and one sentence, which is returned."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+
+    def __call__(self, **settings: str) -> str:
+        with self.monkeypatch.context() as patch:
+            values = {"state_dir": str(self.folder / "state"), "port": "0", **settings}
+            for name, value in values.items():
+                patch.setenv(f"MEDHIVE_GATEWAY_{name.upper()}", value)
+            assert main(["serve"]) == 1
+        shown = self.capsys.readouterr()
+        assert shown.out == "" and shown.err.startswith("error: ") and shown.err.count("\n") == 1
+        return shown.err
+
+
+@pytest.fixture
+def failed_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> FailedStart:
+    return FailedStart(tmp_path, monkeypatch, capsys)
 
 
 def test_a_second_start_makes_nothing_new(tmp_path: Path) -> None:
@@ -84,24 +98,24 @@ def test_an_operators_password_is_not_shown(tmp_path: Path) -> None:
         World(gateway, tmp_path).close()
 
 
-def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_named(tmp_path: Path, failed_start: FailedStart) -> None:
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
     taken.listen()
     with taken:
         port = taken.getsockname()[1]
-        assert f"Port {port} on 127.0.0.1 is in use" in failed_start(tmp_path, port=str(port))
-    assert "MEDHIVE_GATEWAY_PORT" in failed_start(tmp_path, port="eighty")
-    assert "MEDHIVE_GATEWAY_HOST" in failed_start(tmp_path, host="192.0.2.1")
-    assert "MEDHIVE_GATEWAY_DATABASE_URL" in failed_start(tmp_path, database_url="mysql://somewhere/x")
+        assert f"Port {port} on 127.0.0.1 is in use" in failed_start(port=str(port))
+    assert "MEDHIVE_GATEWAY_PORT" in failed_start(port="eighty")
+    assert "MEDHIVE_GATEWAY_HOST" in failed_start(host="192.0.2.1")
+    assert "MEDHIVE_GATEWAY_DATABASE_URL" in failed_start(database_url="mysql://somewhere/x")
     unreachable = "postgresql://nobody:secret-word@127.0.0.1:9/x"
-    said = failed_start(tmp_path, database_url=unreachable)
+    said = failed_start(database_url=unreachable)
     assert "MEDHIVE_GATEWAY_DATABASE_URL" in said and "secret-word" not in said
     missing = str(tmp_path / "missing")
-    assert "ADMIN_PASSWORD_FILE" in failed_start(tmp_path, admin_password_file=missing)
+    assert "ADMIN_PASSWORD_FILE" in failed_start(admin_password_file=missing)
     short = tmp_path / "short"
     short.write_text("short")
-    assert "12" in failed_start(tmp_path, admin_password_file=str(short))
+    assert "12" in failed_start(admin_password_file=str(short))
 
 
 def test_sigterm_ends_it_within_five_seconds_though_streams_are_open(tmp_path: Path) -> None:
@@ -192,3 +206,46 @@ def test_several_gateways_may_start_at_once(tmp_path: Path) -> None:
         for each in gateways:
             if each.process and each.process.poll() is None:
                 each.stop()
+
+
+def test_the_sweep_deletes_what_nothing_needs(tmp_path: Path) -> None:
+    gateway, _ = build(Settings(state_dir=tmp_path / "state"))
+    store = gateway.blobs
+    stray, fresh = store.path("a" * 64), store.path("b" * 64)
+    forgotten, present = store.upload_path("one", "run", "c" * 64), store.upload_path("one", "run", "d" * 64)
+    for path in (stray, fresh, forgotten, present):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    long_ago = (gateway.clock() - 2 * UPLOAD_KEPT).timestamp()
+    for path in (stray, forgotten):
+        os.utime(path, (long_ago, long_ago))
+    sweep(gateway)
+    assert [path.exists() for path in (stray, fresh, forgotten, present)] == [False, True, False, True]
+    assert blobs.GRACE < UPLOAD_KEPT
+    gateway.database.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [("database or disk is full", NoSpace), ("could not extend file", NoSpace), ("connection refused", Unavailable)],
+)
+def test_a_databases_troubles_have_names(said: str, cause: type[Exception]) -> None:
+    with pytest.raises(cause), translated():
+        raise OperationalError("INSERT", {}, Exception(said))
+
+
+def test_a_named_proxy_is_believed_and_sends_the_bytes(tmp_path: Path) -> None:
+    settings = {"trusted_proxy": "127.0.0.1", "accel_prefix": "/protected/"}
+    with running_gateway(tmp_path / "state", **settings) as gateway:
+        world = World(gateway, tmp_path)
+        hospital = world.hospital()
+        study = world.study(hospital)
+        version = world.released(study, hospital)
+        with gateway.http(world.admin_token) as http:
+            http.headers["X-Forwarded-For"] = "198.51.100.7, 203.0.113.9"
+            assert http.post("/requests", json={"study": study}).json()["source_address"] == "203.0.113.9"
+            answer = http.get(f"/studies/{study}/versions/1/file")
+        digest = version.digest
+        assert answer.headers["X-Accel-Redirect"] == f"/protected/{digest[:2]}/{digest[2:4]}/{digest}"
+        assert answer.content == b""
+        world.close()

@@ -79,10 +79,10 @@ def serve(settings: Settings, out: TextIO) -> None:
         InvalidInput: a setting cannot be used, the port is taken, or the database does not answer.
         IncompatibleVersion: the database belongs to a newer version.
     """
-    configure_logging()
     sock = bind(settings)
     with sock:
         gateway, password = build(settings)
+        configure_logging()
         _announce(gateway, sock, password, out)
         config = uvicorn.Config(
             create_app(gateway),

@@ -5,7 +5,7 @@ from sqlalchemy.exc import NoResultFound
 
 from api_gateway import auth
 from api_gateway.events import Kind
-from api_gateway.models import Account, Site
+from api_gateway.models import Account, Site, Token
 from api_gateway.work import Call, Work
 from medhive.errors import Conflict, InvalidInput, NotAllowed, NotAuthenticated, NotFound
 from medhive.states import Role, SiteState
@@ -41,6 +41,13 @@ def login(call: Call, body: Login) -> TokenAnswer:
         )
         work.record(Kind.LOGIN_SUCCEEDED, f"account {account.username}", site=account.site, source_address=work.source)
         return token
+
+
+def logout(work: Work) -> None:
+    """Revoke the token that the caller uses; the aggregator's is a file and stays."""
+    token = work.session.get(Token, work.caller.token_id) if work.caller.token_id else None
+    if token is not None:
+        token.revoked_at = work.now
 
 
 def _login_failed(call: Call, username: str, keys: tuple[tuple[str, int], ...]) -> None:

@@ -13,8 +13,8 @@ from argon2.exceptions import InvalidHashError, VerificationError
 from sqlalchemy import delete, update
 from sqlalchemy.orm import Session
 
+from api_gateway.causes import TooManyAttempts
 from api_gateway.db import Database
-from api_gateway.errors import TooManyAttempts
 from api_gateway.models import Attempt, Token
 from api_gateway.state import TOKEN_BYTES
 from api_gateway.work import Work, token_hash

@@ -12,14 +12,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, DateTime, Dialect, Engine, MetaData, TypeDecorator, create_engine, event, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, Session
 
-from medhive.errors import InvalidInput
+from api_gateway.causes import Unavailable
+from medhive.errors import InvalidInput, NoSpace
 
 BUSY_TIMEOUT_S = 30  # a writer waits this long for the others before it gives up; each takes milliseconds
 POOL_CONNECTIONS = 20
 POOL_OVERFLOW = 24  # above the thread pool's forty, so that a thread never waits for a connection
 WRITES = "medhive_writes"
+DISK_FULL = ("disk is full", "no space left", "could not extend")  # as SQLite and PostgreSQL put it
 # Times come back in UTC wherever the server stands; and a server that is away is noticed.
 POSTGRES_ARGUMENTS = {"connect_timeout": 10, "options": "-c timezone=UTC"}
 
@@ -86,13 +90,13 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A snapshot; nothing that is changed in it is kept."""
-        with Session(self._reading, autoflush=False) as session:
+        with translated(), Session(self._reading, autoflush=False) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """The only writer: commits when the block ends well, else leaves everything as it was."""
-        with Session(self._writing, autoflush=True) as session, session.begin():
+        with translated(), Session(self._writing, autoflush=True) as session, session.begin():
             if not self.is_sqlite:  # SQLite's BEGIN IMMEDIATE has the whole database already
                 session.execute(text("SELECT number FROM event_head WHERE id = 1 FOR UPDATE"))
             yield session
@@ -100,12 +104,28 @@ class Database:
     @contextmanager
     def touch(self) -> Iterator[Session]:
         """Write volatile facts: no event, no lock but those of the rows themselves."""
-        with Session(self._writing, autoflush=True) as session, session.begin():
+        with translated(), Session(self._writing, autoflush=True) as session, session.begin():
             yield session
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Name what is wrong with the database in our own words.
+
+    Raises:
+        NoSpace: its disk is full.
+        Unavailable: it does not answer, or is busy for too long.
+    """
+    try:
+        yield
+    except (OperationalError, PoolTimeout) as error:
+        if any(word in str(error).lower() for word in DISK_FULL):
+            raise NoSpace("The disk of the coordinator's database is full; an admin must make room.") from error
+        raise Unavailable("The coordinator's database does not answer; try again in a minute.") from error
 
 
 def _engine(url: str) -> Engine:

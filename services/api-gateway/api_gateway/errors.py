@@ -26,18 +26,6 @@ MAX_NAMED_FIELDS = 20  # of a body that is wrong in very many places
 log = structlog.get_logger(__name__)
 
 
-class TooManyAttempts(MedHiveError):
-    """Somebody tries too often."""
-
-    code = "too-many-attempts"
-
-
-class StopsServing(MedHiveError):
-    """The gateway is at its limit, or on its way down."""
-
-    code = "unavailable"
-
-
 STATUS: Mapping[str, HTTPStatus] = MappingProxyType(
     {
         "error": HTTPStatus.BAD_REQUEST,

@@ -9,7 +9,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from api_gateway import audit, events
-from api_gateway.errors import StopsServing
+from api_gateway.causes import Unavailable
 from api_gateway.http import CallDep, StrictRoute
 from api_gateway.hub import MAX_STREAMS
 from api_gateway.work import ANYBODY, READERS, Call
@@ -42,7 +42,7 @@ async def list_events(
     start = min(int(last_event_id or 0), MAX_EVENT_NUMBER) if numbered else after
     await run_in_threadpool(_listed, call, start, 1)  # refuses before the stream begins
     if call.gateway.hub.streams >= MAX_STREAMS or call.gateway.hub.closing:
-        raise StopsServing("The gateway has no room for another event stream; poll, or try again in a minute.")
+        raise Unavailable("The gateway has no room for another event stream; poll, or try again in a minute.")
     return StreamingResponse(_stream(call, start), media_type=STREAM)
 
 

@@ -7,13 +7,12 @@ import httpx
 import structlog
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
-from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 
 from api_gateway import events, runs, statistics
 from api_gateway.http import gateway_of
 from api_gateway.work import Caller, Gateway
 from medhive import __version__
+from medhive.errors import MedHiveError
 from medhive.states import Role
 
 router = APIRouter(tags=["health"])
@@ -67,9 +66,9 @@ def ready(request: Request) -> JSONResponse:
 def _database_state(gateway: Gateway) -> str:
     try:
         with gateway.database.read() as session:
-            session.execute(text("SELECT 1"))
-    except SQLAlchemyError as error:
-        log.warning("database.unreachable", error=type(error).__name__)
+            events.head_number(session)
+    except MedHiveError as error:
+        log.warning("database.unreachable", cause=error.code)
         return "unreachable"
     return "ok"
 

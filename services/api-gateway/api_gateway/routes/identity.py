@@ -7,7 +7,6 @@ from pydantic import Field
 
 from api_gateway import accounts, auth, sites
 from api_gateway.http import CallDep, StrictRoute
-from api_gateway.models import Token
 from api_gateway.work import ANYBODY, PEOPLE_AND_SITES
 from medhive.spec import Frozen, Name
 from medhive.states import Role
@@ -39,9 +38,7 @@ def login(body: Login, call: CallDep) -> TokenAnswer:
 def logout(call: CallDep) -> Response:
     """Revoke the token that this is sent with."""
     with call.write(*ANYBODY) as work:
-        token = work.session.get(Token, work.caller.token_id) if work.caller.token_id else None
-        if token is not None:
-            token.revoked_at = work.now
+        accounts.logout(work)
     return Response(status_code=204)
 
 
