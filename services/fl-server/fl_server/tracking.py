@@ -13,6 +13,7 @@ of them, and the final evaluation of the last); step n of everything else is wha
 import json
 import os
 import re
+import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -514,7 +515,8 @@ def _mlflow_environment(settings: ServerSettings) -> dict[str, str]:
 
 
 def _health(settings: ServerSettings) -> httpx.Client:
-    verify: Any = str(settings.mlflow_ca_file) if settings.mlflow_ca_file else True
+    ca_file = str(settings.mlflow_ca_file) if settings.mlflow_ca_file else None
+    verify = ssl.create_default_context(cafile=ca_file)
     return httpx.Client(base_url=str(settings.mlflow_url), timeout=HEALTH_TIMEOUT_S, verify=verify)
 
 

@@ -1,0 +1,48 @@
+"""How the tracking server is started: small, quiet, locked to the names it is reached by, no secret on its command line."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "services" / "mlflow" / "serve.py"
+
+
+@pytest.fixture(scope="module")
+def serve() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("mlflow_serve", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_keeps_to_loopback_and_to_one_worker(serve: ModuleType, tmp_path: Path) -> None:
+    environment = {"MEDHIVE_MLFLOW_STATE_DIR": str(tmp_path / "state"), "MEDHIVE_MLFLOW_PORT": "8181"}
+    argv = serve.command(environment)
+    options = dict(zip(argv[3:], argv[4:], strict=False))
+    assert (options["--host"], options["--port"], options["--workers"]) == ("127.0.0.1", "8181", "1")
+    assert options["--allowed-hosts"] == "127.0.0.1,localhost,127.0.0.1:8181,localhost:8181"
+    assert serve.environment_of_server(environment)["MLFLOW_BACKEND_STORE_URI"].startswith("sqlite:///")
+    assert (tmp_path / "state").stat().st_mode & 0o077 == 0
+
+
+def test_a_databases_password_stands_on_no_command_line(serve: ModuleType, tmp_path: Path) -> None:
+    url = tmp_path / "url"
+    url.write_text("postgresql://mlflow:secret@db/mlflow\n")
+    environment = {"MEDHIVE_MLFLOW_STATE_DIR": str(tmp_path), "MEDHIVE_MLFLOW_DATABASE_URL_FILE": str(url)}
+    assert "secret" not in " ".join(serve.command(environment))
+    assert "secret" in serve.environment_of_server(environment)["MLFLOW_BACKEND_STORE_URI"]
+
+
+def test_beyond_loopback_it_wants_a_certificate_or_a_proxy(serve: ModuleType, tmp_path: Path) -> None:
+    environment = {"MEDHIVE_MLFLOW_STATE_DIR": str(tmp_path), "MEDHIVE_MLFLOW_HOST": "0.0.0.0"}  # noqa: S104
+    with pytest.raises(serve.Misconfigured, match="MEDHIVE_MLFLOW_TLS_CERT"):
+        serve.command(environment)
+    with pytest.raises(serve.Misconfigured, match="both"):
+        serve.command({**environment, "MEDHIVE_MLFLOW_TLS_CERT": "a.crt"})
+    tls = {"MEDHIVE_MLFLOW_TLS_CERT": "a.crt", "MEDHIVE_MLFLOW_TLS_KEY": "a.key"}
+    assert "--ssl-certfile a.crt --ssl-keyfile a.key" in serve.command({**environment, **tls})[-1]
+    assert serve.command({**environment, "MEDHIVE_MLFLOW_BEHIND_PROXY": "1"})
