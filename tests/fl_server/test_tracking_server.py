@@ -1,6 +1,7 @@
 """How the tracking server is started: small, quiet, locked to the names it is reached by, no secret on its command line."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,7 @@ def serve() -> ModuleType:
 def test_it_keeps_to_loopback_and_to_one_worker(serve: ModuleType, tmp_path: Path) -> None:
     environment = {"MEDHIVE_MLFLOW_STATE_DIR": str(tmp_path / "state"), "MEDHIVE_MLFLOW_PORT": "8181"}
     argv = serve.command(environment)
-    options = dict(zip(argv[3:], argv[4:], strict=False))
+    options = dict(itertools.pairwise(argv))
     assert (options["--host"], options["--port"], options["--workers"]) == ("127.0.0.1", "8181", "1")
     assert options["--allowed-hosts"] == "127.0.0.1,localhost,127.0.0.1:8181,localhost:8181"
     assert serve.environment_of_server(environment)["MLFLOW_BACKEND_STORE_URI"].startswith("sqlite:///")
