@@ -52,6 +52,14 @@ class _Server(uvicorn.Server):
             for number, handler in former.items():
                 signal.signal(number, handler)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # A peer that keeps an idle connection does not read, and so would never answer the closing of its TLS.
+        for connection in list(self.server_state.connections):
+            cycle = getattr(connection, "cycle", None)
+            if cycle is None or cycle.response_complete:
+                connection.transport.abort()
+        await super().shutdown(sockets)
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._hub.close()
         self.handle_exit(number, frame)
@@ -198,7 +206,7 @@ def _announce(gateway: Gateway, sock: socket.socket, password: str | None, out: 
 def _newest(gateway: Gateway) -> str:
     query = select(Version.study, func.max(Version.number)).group_by(Version.study).order_by(Version.study)
     with gateway.database.read() as session:
-        return ", ".join(f"{study} version {number}" for study, number in session.execute(query).tuples())
+        return ", ".join(f"{study} version {number}" for study, number in session.execute(query))
 
 
 if __name__ == "__main__":

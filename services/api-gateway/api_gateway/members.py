@@ -44,7 +44,7 @@ def end_consents(work: Work, study: str, site: str, reason: str) -> None:
     """Decline what the site has not answered and withdraw what it has granted, in all runs that are not over."""
     query = select(ConsentRow, Run).join(Run, Run.id == ConsentRow.run_id)
     query = query.where(Run.study == study, ConsentRow.site == site, Run.state.not_in(FINAL_RUN_STATES))
-    for consent, run in work.session.execute(query).tuples().all():
+    for consent, run in work.session.execute(query).all():
         if consent.state == ConsentState.PENDING:
             runs.settle_consent(work, run, consent, ConsentState.DECLINED, reason)
         elif consent.state == ConsentState.GRANTED:

@@ -425,5 +425,5 @@ def activities(work: Work, run: Run) -> list[ActivityAnswer]:
 
 def counts(work: Work) -> dict[str, int]:
     """How many runs are in which state."""
-    rows = work.session.execute(select(Run.state, func.count()).group_by(Run.state)).tuples().all()
+    rows = work.session.execute(select(Run.state, func.count()).group_by(Run.state)).all()
     return dict(rows)

@@ -257,15 +257,23 @@ def site_token(call: Call, body: Signed[SiteTokenProof]) -> TokenAnswer:
         ClockSkew: the clocks differ too much; `data.server_time` is the coordinator's.
         NotAllowed: the site was revoked or has left.
     """
+    # A stranger's forgeries are refused before they take the writers' lock.
+    with call.anonymous(call.gateway.database.read) as work:
+        _proven(work, body)
     with call.anonymous(call.gateway.database.write, body.body.site) as work:
-        site = work.session.get(Site, body.body.site)
-        if site is None or site.consent_public_key is None:
-            raise NotFound(f"There is no site {body.body.site}.", site=body.body.site)
-        _check_statement(work, body, VerifyKey.from_text(site.consent_public_key), body.body.coordinator_key_id)
-        if site.state != SiteState.ACTIVE:
-            raise NotAllowed(f"Site {site.name} is {site.state}.", site=site.name, state=site.state)
+        site = _proven(work, body)
         _use_nonce(work, site.name, body.body.nonce)
         return auth.issue(work, Role.SITE, site.name, auth.SITE_TOKEN_LIFE, site=site.name)
+
+
+def _proven(work: Work, body: Signed[SiteTokenProof]) -> Site:
+    site = work.session.get(Site, body.body.site)
+    if site is None or site.consent_public_key is None:
+        raise NotFound(f"There is no site {body.body.site}.", site=body.body.site)
+    _check_statement(work, body, VerifyKey.from_text(site.consent_public_key), body.body.coordinator_key_id)
+    if site.state != SiteState.ACTIVE:
+        raise NotAllowed(f"Site {site.name} is {site.state}.", site=site.name, state=site.state)
+    return site
 
 
 def _use_nonce(work: Work, site: str, nonce: str) -> None:
