@@ -112,11 +112,19 @@ class ServerSettings(BaseSettings):
         return self.state_dir / "tracking.json"
 
     def prepare(self) -> None:
-        """Make the folders and this service's own secrets, all for the owner alone."""
-        for folder in (self.state_dir, self.flower_home, self.runs_dir):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not self.superexec_secret_file.exists():
-            write_secret(self.superexec_secret_file, secrets.token_hex(SECRET_BYTES).encode())
+        """Make the folders and this service's own secrets, all for the owner alone.
+
+        Raises:
+            BadSettings: the state folder cannot be used.
+        """
+        try:
+            for folder in (self.state_dir, self.flower_home, self.runs_dir):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not self.superexec_secret_file.exists():
+                write_secret(self.superexec_secret_file, secrets.token_hex(SECRET_BYTES).encode())
+        except OSError as error:
+            problem = f"Cannot use the state folder {self.state_dir} ({error.strerror}); check {PREFIX}STATE_DIR."
+            raise BadSettings(problem) from error
 
     def holder(self) -> str:
         """This installation's name as a holder of leases: kept, so that a restarted service takes up its own runs."""
@@ -126,9 +134,13 @@ class ServerSettings(BaseSettings):
         return path.read_text("utf-8").strip()
 
     def gateway(self) -> GatewayClient:
-        """A connection to the gateway with the aggregator's own token."""
+        """A connection to the gateway with the aggregator's own token.
+
+        Raises:
+            BadSettings: the gateway has not made its files yet, or they lie elsewhere.
+        """
         token = read_token(self.token_file)
-        return GatewayClient(self.gateway_url, Trust(ca_pem=self.gateway_ca_file.read_text("utf-8")), token)
+        return GatewayClient(self.gateway_url, Trust(ca_pem=_read_made_by_gateway(self.gateway_ca_file)), token)
 
     def coordinator_key(self) -> SigningKey:
         """The key that signs every task."""
@@ -139,12 +151,19 @@ def read_token(path: Path) -> str:
     """Read a one-line secret.
 
     Raises:
-        BadSettings: it is empty or far too long.
+        BadSettings: it cannot be read, is empty or far too long.
     """
-    text = path.read_text("utf-8").strip()
+    text = _read_made_by_gateway(path).strip()
     if not text or len(text) > MAX_TOKEN_BYTES or "\n" in text:
         raise BadSettings(f"{path} holds no token: one line of text is expected.")
     return text
+
+
+def _read_made_by_gateway(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadSettings(f"Cannot read {path} ({error}); the gateway makes it at its first start.") from error
 
 
 def _sentence(error: ValidationError) -> str:
