@@ -13,6 +13,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with running_world(tmp_path_factory.mktemp("integration")) as world:
         world.study("tumours")
         world.study("lesions")
+        world.warm_up("tumours")
         yield world
 
 

@@ -50,8 +50,8 @@ def forger(world: World) -> Iterator[Forger]:
 
 @pytest.fixture(scope="module")
 def honest(world: World) -> list[str | None]:
-    """What the same run makes without forgeries; it also makes version 0."""
-    run_id = world.begin("tumours", rounds=ROUNDS)
+    """What the same run makes without forgeries."""
+    run_id = world.begin("tumours", base_version=0, rounds=ROUNDS)
     world.completed(run_id)
     return world.digests(run_id)
 

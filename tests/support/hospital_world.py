@@ -114,7 +114,8 @@ class World:
     def held_in_round(self, run_id: str, number: int, site: str, other: str) -> Iterator[psutil.Process]:
         """Hold a hospital's trainer still from before a round (2 or later) begins until the block ends.
 
-        The round before is kept open by holding `other`, until `site` has answered it and can be held without a race.
+        The study must have its version 0, which all hospitals make together. The round before is kept open by holding
+        `other`, until `site` has answered it and can be held without a race.
         """
         if number > 2:
             self.event(run_id, "round.closed", round=number - 2)
@@ -150,6 +151,10 @@ class World:
 
     def _studies_of(self, site: str) -> list[str]:
         return [item["name"] for item in self.admin.get(f"{API}/studies") if site in item["members"]]
+
+    def warm_up(self, study: str) -> None:
+        """One short run: it makes the study's version 0, so that later runs can start from there and begin at once."""
+        self.completed(self.begin(study, rounds=1, local_epochs=1))
 
     def begin(self, study: str, base_version: int | None = None, **options: Any) -> str:
         """Ask for a run, approve it, and wait until the hospitals have agreed; returns its id."""
@@ -252,7 +257,7 @@ class World:
 
     def tails(self) -> str:
         """The end of every program's log."""
-        return "\n".join(f"---- {name}\n{program.tail(15)}" for name, program in self.stack.programs.items())
+        return "\n".join(f"---- {name}\n{program.tail(8)}" for name, program in self.stack.programs.items())
 
     # ---- ends
 
