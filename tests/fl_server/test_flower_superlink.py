@@ -77,7 +77,7 @@ def test_a_killed_serverapp_fails_its_run_at_once_and_can_be_started_again(flowe
         run = flower_stack.run_script(node)
         run.note("sent")
         run.kill()
-        ended = run.end(seconds=5)
+        ended = run.end()
         assert ended.phase is RunPhase.FAILED
         assert "SIGKILL" in ended.details
         with answering(connection):
@@ -91,7 +91,7 @@ def test_runs_of_a_killed_superexec_fail_and_another_superexec_goes_on(flower_st
         child = run.note("started")["started"]
         run.note("sent")
         flower_stack.kill_superexec()
-        assert run.end(seconds=10).phase is RunPhase.FAILED
+        assert run.end().phase is RunPhase.FAILED
         until(lambda: not Path(f"/proc/{child}").exists(), "the ServerApp process is gone")
         flower_stack.start_superexec()
         with answering(connection):

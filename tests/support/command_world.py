@@ -29,7 +29,7 @@ from medhive.wire import API, Lease, LeaseRequest, RoundReport, RunEnd, SiteRoun
 
 STUDY = "brain-mri"
 PER_CLASS = 10
-ANSWER_DEADLINE_S = 60.0
+ANSWER_DEADLINE_S = 180.0
 
 
 @dataclass

@@ -33,7 +33,7 @@ from medhive.spec import StudyData
 from medhive.version import PROTOCOL
 from medhive.wire import API, Lease, RunAnswer
 
-DEADLINE_S = 90.0
+DEADLINE_S = 240.0
 Event = TypeVar("Event", bound=NodeEvent)
 
 

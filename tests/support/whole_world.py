@@ -26,8 +26,8 @@ IMAGE_SITES: Final = ("hospital-a", "hospital-b", "hospital-c")
 SITES: Final = (*IMAGE_SITES, "hospital-d")
 PEOPLE: Final = dict(zip(SITES, ("Dr. Adler", "Dr. Berg", "Dr. Costa", "Dr. Dahl"), strict=True))
 PER_CLASS: Final = 16
-RUN_DEADLINE_S: Final = 300.0
-TRACKING_DEADLINE_S: Final = 90.0
+RUN_DEADLINE_S: Final = 600.0
+TRACKING_DEADLINE_S: Final = 240.0
 
 COLUMNS: Final[Sequence[dict[str, Any]]] = (
     {"name": "age"},
