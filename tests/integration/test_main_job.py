@@ -303,6 +303,19 @@ def test_a_version_is_exported_with_its_digest_and_manifest(job: Job, tmp_path: 
     assert read_weights(out)
 
 
+def test_clean_up_keeps_what_a_hospital_has_accepted(job: Job, tmp_path: Path) -> None:
+    """Before the next test makes it the candidate, version 1 is kept for nothing but its acceptance."""
+    stack = job.world.stack
+    assert version(job, 1)["state"] == "released"
+    would = stack.admin_json("cleanup", "--study", IMAGE_STUDY, "--keep", "1", "--dry-run")
+    assert f"{IMAGE_STUDY}/1" not in would["versions"]
+    stack.admin_json("cleanup", "--study", IMAGE_STUDY, "--keep", "1", "--yes")
+    assert version(job, 1)["bytes_kept"]
+    out = tmp_path / "kept.safetensors"
+    stack.admin("export", IMAGE_STUDY, "1", "--out", str(out))
+    assert hashlib.sha256(out.read_bytes()).hexdigest() == version(job, 1)["digest"]
+
+
 def test_a_version_is_offered_to_all_again_and_to_one(job: Job) -> None:
     stack = job.world.stack
     stack.admin("rollback", IMAGE_STUDY, "1", "--yes")
@@ -324,17 +337,6 @@ def test_statistics_add_up(job: Job) -> None:
     assert found["images"] > 0
     assert found["bytes_up"] > 0
     assert "mean accuracy" in job.world.stack.admin("stats")
-
-
-def test_clean_up_keeps_what_a_hospital_has_accepted(job: Job, tmp_path: Path) -> None:
-    stack = job.world.stack
-    would = stack.admin_json("cleanup", "--study", IMAGE_STUDY, "--keep", "1", "--dry-run")
-    assert f"{IMAGE_STUDY}/1" not in would["versions"]
-    stack.admin_json("cleanup", "--study", IMAGE_STUDY, "--keep", "1", "--yes")
-    assert version(job, 1)["bytes_kept"]
-    out = tmp_path / "kept.safetensors"
-    stack.admin("export", IMAGE_STUDY, "1", "--out", str(out))
-    assert hashlib.sha256(out.read_bytes()).hexdigest() == version(job, 1)["digest"]
 
 
 # ---- MLflow ------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,13 @@ READING_EVERY_S = 0.5  # progress of reading is for a person's eye
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 # What libraries say when memory is short and the exception's class does not tell.
-MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "failed to map segment",  # the dynamic linker, of a library that no longer fits
+)
 
 Steps = Generator[JobEvent | None, None, dict[str, Any]]
 
