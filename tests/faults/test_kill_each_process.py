@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test starts a whole installat
 ROUNDS = 3
 KILL_IN = 2  # the round in which each process dies
 A, B, C = SITES
+MANY_EPOCHS = 50  # some seconds, so that a kill after the first comes in the middle of a training
 SPEC: dict[str, Any] = {"rounds": ROUNDS, "strategy": "fedadam", "seed": 7}
 
 
@@ -133,10 +134,14 @@ def test_a_killed_node_of_a_hospital_changes_no_bit(world: World, unbroken: Unbr
     require_same_bits(world, run_id, unbroken)
 
 
-def test_a_killed_trainer_changes_no_bit(world: World, unbroken: Unbroken) -> None:
-    run_id = world.begin("tumours", base_version=0, **SPEC)
-    with world.held_in_round(run_id, KILL_IN, A, other=C) as trainer:
-        taken_up(world, run_id, A)
-        world.kill(trainer)
-    require_same_bits(world, run_id, unbroken)
-    assert world.trainer(A).pid != trainer.pid
+def test_a_killed_trainer_begins_its_round_anew_and_changes_no_bit(world: World) -> None:
+    spec: dict[str, Any] = {"rounds": 1, "local_epochs": MANY_EPOCHS}
+    unbroken = world.begin("tumours", base_version=0, **spec)
+    version = world.completed(unbroken)
+    run_id = world.begin("tumours", base_version=0, **spec)
+    first_epoch = f"{run_id} round 1/1, epoch 1/{MANY_EPOCHS}"
+    world.wait(lambda: first_epoch in world.log(A), "the first epoch")
+    world.kill(world.trainer(A))
+    assert world.completed(run_id).digest == version.digest
+    assert world.log(A).count(first_epoch) == 2
+    assert not any(site.dropped for site in world.rounds(run_id)[0].sites)

@@ -1,5 +1,6 @@
 """A hospital that withdraws, is revoked, falls silent or comes early, and an admin who stops a run: the rest goes on."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -50,7 +51,9 @@ def test_a_withdrawn_consent_takes_the_site_out_and_the_run_goes_on(world: World
         world.stack.site(C, "withdraw", run_id, "--person", PERSON, "--reason", "second thoughts", "--yes")
         dropped = world.event(run_id, "site.dropped", site=C)
         world.wait(lambda: not is_alive(trainer), "the end of a trainer that would not give way")
-    assert (dropped.data["round"], dropped.data["reason"]) == (2, "it withdrew its consent")
+    assert dropped.data["round"] == 2
+    # Whoever is first: the aggregator sees the withdrawal, or the hospital's node says so.
+    assert re.search("withdrew its consent|not-allowed", str(dropped.data["reason"]))
     world.completed(run_id)
     assert taking_part(world, run_id) == [[A, B, C], [A, B], [A, B]]
     assert [item.site for item in world.rounds(run_id)[2].sites] == [A, B]
