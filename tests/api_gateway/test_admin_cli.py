@@ -295,7 +295,7 @@ def test_watching_a_run_that_fails_is_exit_code_1(world: CommandWorld) -> None:
     states = [value["state"] for line in out.splitlines() if "state" in (value := json.loads(line))]
     assert states[-1] == "failed"
     assert watching.returncode == 1
-    assert err == f"error: {run_id} is failed: the trial wants it so\n"
+    assert err.startswith(f"error: {run_id} is failed: the trial wants it so")
     assert run_id in world.stack.admin("history")
     assert run_id not in world.stack.admin("runs")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from site_data import fix_split
 from stack import Stack
 
 from fl_client.consents import DataCheck, grant
@@ -113,6 +114,7 @@ class CommandWorld:
             world.stack.admin("studies", "create", STUDY, *words, "--default", "rounds=2")
             for number, site in enumerate(sites):
                 make_phantoms(world.stack.site_folder(site) / "data", PER_CLASS, number)
+                fix_split(world.stack.site_folder(site) / "state", site)
                 world.stack.join(site, STUDY)
         except BaseException:
             world.stop()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import psutil
+from site_data import fix_split
 from stack import Program, Stack, StackError, wait_until
 
 from fl_client.limits import Limits
@@ -56,6 +57,7 @@ class World:
     def add_hospital(self, name: str, *studies: str, start: bool = True) -> None:
         """Let a hospital join with made data, train on one thread, and agree by itself to runs of `studies`."""
         make_phantoms(self.stack.site_folder(name) / "data", IMAGES_PER_CLASS, seed=len(self.sites) + 1)
+        fix_split(self.stack.site_folder(name) / "state", name)
         self.stack.join(name, *studies)
         with self.site(name) as site:
             Limits(cpu_threads=1, device="cpu").save(site.store)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from site_data import fix_split
 from stack import Stack
 
 from fl_client.events import NodeEvent
@@ -178,6 +179,7 @@ class World:
     def join(self, name: str, *studies: str, data: Path | None = None) -> Site:
         """Invite a hospital and let it join."""
         settings = self.settings(name, data)
+        fix_split(settings.state_dir, name)
         outcome: JoinOutcome = join_site(settings, self.invite(name, *studies))
         assert outcome.fresh
         return self.open(settings)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import httpx
 import numpy as np
+from site_data import fix_split
 from stack import Stack, wait_until
 
 from fl_client.tasks.phantoms import CLASSES, make_phantoms
@@ -101,6 +102,7 @@ class WholeWorld:
             make_patient_images(home / IMAGE_STUDY, PER_CLASS, number)
             studies.append(IMAGE_STUDY)
         make_heart_table(home / TABLE_STUDY / f"{PATIENT}-ward.data", 120, number)
+        fix_split(self.stack.site_folder(site) / "state", site)
         self.stack.join(site, *studies)
         self.stack.site(site, "settings", "--cpu-threads", "1", "--device", "cpu")
         self.stack.start_site(site)
