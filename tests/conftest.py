@@ -7,6 +7,8 @@ import pytest
 SHARED = ("integration", "faults")
 
 
+# First, since xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start a whole installation once for a folder, not once for every worker that meets one of its tests."""
     for item in items:
