@@ -48,7 +48,7 @@ demo: $(STAMP) ## Run the main job on this machine: DATA= TEST= SITES=3 ROUNDS=3
 WORKERS ?= 2
 
 test: $(STAMP) ## Run every test that needs no container engine
-	$(BIN)/pytest -q --durations=15 --numprocesses $(WORKERS) --dist loadgroup
+	$(BIN)/pytest -q --durations=15 --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(STAMP) imports ## Check style and import rules
 	$(BIN)/ruff check $(SOURCES)
