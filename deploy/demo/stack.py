@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -327,30 +326,35 @@ class Stack:
     # ---- commands, as people type them
 
     def _command(
-        self, argv: Sequence[str], env: Mapping[str, str], secret_input: str | None, deadline_s: float
+        self, argv: Sequence[str], env: Mapping[str, str], deadline_s: float
     ) -> subprocess.CompletedProcess[str]:
         self.show(f"{env.get('CLIENT_ID', 'coordinator')} $ " + " ".join(_quoted(part) for part in argv))
         return subprocess.run(
-            argv, env=dict(env), input=secret_input, capture_output=True, text=True, timeout=deadline_s, check=False
+            argv,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=deadline_s,
+            check=False,
         )
 
     def run(
-        self, argv: Sequence[str], env: Mapping[str, str], *, secret_input: str | None = None,
-        deadline_s: float = COMMAND_DEADLINE_S,
+        self, argv: Sequence[str], env: Mapping[str, str], *, deadline_s: float = COMMAND_DEADLINE_S
     ) -> str:  # fmt: skip
         """Run one command to its end; returns what it printed on stdout.
 
         Raises:
             StackError: it failed; the text holds what it said.
         """
-        done = self._command(argv, env, secret_input, deadline_s)
+        done = self._command(argv, env, deadline_s)
         if done.returncode:
             raise StackError(f"{' '.join(argv)} failed with exit code {done.returncode}:\n{done.stderr}{done.stdout}")
         return done.stdout
 
-    def admin(self, *words: str, secret_input: str | None = None) -> str:
+    def admin(self, *words: str) -> str:
         """`medhive-admin ...`; returns its stdout."""
-        return self.run(["medhive-admin", *words], self.admin_env(), secret_input=secret_input)
+        return self.run(["medhive-admin", *words], self.admin_env())
 
     def admin_json(self, *words: str) -> Any:
         """`medhive-admin ... --json`, read."""
@@ -366,7 +370,7 @@ class Stack:
 
     def failing(self, argv: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
         """Run a command that is expected to fail; for tests of what users are told."""
-        return self._command(argv, env, None, COMMAND_DEADLINE_S)
+        return self._command(argv, env, COMMAND_DEADLINE_S)
 
     # ---- steps that every user of a stack needs
 
@@ -408,8 +412,3 @@ class Stack:
 
 def _quoted(word: str) -> str:
     return f"'{word}'" if re.search(r"[^\w@%+=:,./-]", word) else word
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a stack's folder."""
-    shutil.rmtree(folder, ignore_errors=True)
