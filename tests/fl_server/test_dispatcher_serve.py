@@ -1,5 +1,6 @@
 """`medhive-server serve` beside a real gateway, with light hospitals on the real fleet connection."""
 
+import math
 import os
 import signal
 import subprocess
@@ -54,12 +55,13 @@ def test_a_run_goes_from_request_to_version(stack: CoordinatorStack) -> None:
 def test_killed_processes_change_no_bit_of_the_result(stack: CoordinatorStack) -> None:
     """One run of six rounds without trouble, and one in which each process is killed in turn, each in a round of its own."""
     unbroken = final_digest(stack, stack.ended(stack.request("tumours", base_version=0, rounds=6)))
-    for hospital in stack.hospitals.values():
-        hospital.training_s = 0.5
+    stack.train_up_to(0)
     run_id = stack.request("tumours", base_version=0, rounds=6)
     for number, victim in enumerate(("serverapp", "superexec", "superlink", "gateway", "serve"), 1):
         stack.reached(run_id, number)
         kill(stack, victim)
+        stack.train_up_to(number)
+    stack.train_up_to(math.inf)
     assert final_digest(stack, stack.ended(run_id)) == unbroken
     trained = [[number for run, number in site.trained if run == run_id] for site in stack.hospitals.values()]
     assert trained == [[1, 2, 3, 4, 5, 6]] * 3
@@ -78,22 +80,22 @@ def kill(stack: CoordinatorStack, victim: str) -> None:
 
 
 def test_a_stopped_run_is_cancelled_and_its_process_ends(stack: CoordinatorStack) -> None:
-    for hospital in stack.hospitals.values():
-        hospital.training_s = 3.0
+    stack.train_up_to(0)
     run_id = stack.request("tumours", rounds=5)
     stack.reached(run_id, 1)
     stack.admin.post(f"{API}/runs/{run_id}/stop", {"reason": "wrong data"})
+    stack.train_up_to(math.inf)
     run = stack.ended(run_id)
     assert (run.state, run.reason) == (RunState.CANCELLED, "wrong data")
     until(lambda: not any("serverapp" in args for args in processes_of(stack.server).values()), "the process ends", 30)
 
 
 def test_a_site_that_withdraws_is_out_and_the_run_goes_on(stack: CoordinatorStack) -> None:
-    for hospital in stack.hospitals.values():
-        hospital.training_s = 1.0
+    stack.train_up_to(0)
     run_id = stack.request("tumours", rounds=2)
     stack.reached(run_id, 1)
     stack.hospitals["b"].consent(stack.run(run_id), "withdrawn")
+    stack.train_up_to(math.inf)
     run = stack.ended(run_id)
     assert run.state == RunState.COMPLETED
     assert {item.site for item in run.consents if item.state == ConsentState.WITHDRAWN} == {"b"}

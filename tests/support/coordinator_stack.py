@@ -4,6 +4,7 @@ The hospitals are light: they join, consent and answer over the real fleet conne
 of a network, so that a whole run takes seconds.
 """
 
+import math
 import os
 import secrets
 import subprocess
@@ -257,18 +258,28 @@ class CoordinatorStack:
 
         until(look, f"{run_id} reaches round {round_number}", seconds)
 
+    def train_up_to(self, round_number: float) -> None:
+        """Let every hospital answer the rounds up to this one, and train on in those after it."""
+        for hospital in self.hospitals.values():
+            hospital.trains_up_to = round_number
+
     def version(self, study: str, number: int) -> VersionAnswer:
         return VersionAnswer.model_validate(self.admin.get(f"{API}/studies/{study}/versions/{number}"))
 
 
 @dataclass
 class LightHospital:
-    """Joins, consents, and trains by adding seeded noise to what it was sent, `training_s` seconds long."""
+    """Joins, consents, and trains by adding seeded noise to what it was sent, `training_s` seconds long.
+
+    In a round after `trains_up_to` it goes on training until a test raises that: a test that does something in the middle
+    of a round is never too late for it.
+    """
 
     name: str
     number: int
     folder: Path
     training_s: float = 0.0
+    trains_up_to: float = math.inf
     shape: tuple[int, ...] = (64, 32)
     trained: list[tuple[str, int]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -390,6 +401,8 @@ class LightHospital:
         if (task.run_id, task.round) not in self.trained:
             self.trained.append((task.run_id, task.round))
             self._done.wait(self.training_s)
+        while task.round > self.trains_up_to and not self._done.wait(0.05):
+            pass
         rng = np.random.default_rng([self.number, task.round])
         weights = read_weights(base)
         return {
@@ -423,7 +436,7 @@ def coordinator(folder: Path, **options: Any) -> Iterator[CoordinatorStack]:
 def processes_of(process: Process) -> dict[int, str]:
     """The living processes of a process's session (itself and all that it started), with their command lines."""
     assert process.running is not None
-    columns = ["ps", "-e", "-o", "pid=,sess=,stat=,args="]
+    columns = ["ps", "-e", "-ww", "-o", "pid=,sess=,stat=,args="]  # -ww: command lines are cut off otherwise
     listing = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 3) for line in listing.splitlines()]
     mine = str(process.running.pid)

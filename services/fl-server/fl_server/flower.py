@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import signal
 import ssl
@@ -25,6 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from hashlib import sha256
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -101,6 +103,9 @@ TASK_POLL_S = 0.25
 REPLY_POLL_S = 0.2
 """How soon a reply is seen; each look costs the SuperLink about 10 ms of CPU."""
 
+RETRY_S = 1.0
+"""Longest wait between two attempts of a ServerApp to reach a SuperLink that is away."""
+
 UPLOAD_WAIT_S = 30.0
 """A reply is announced before its content is uploaded; a node that vanishes between counts as silent after this."""
 
@@ -109,6 +114,9 @@ GRACE_S = 10.0
 
 PARENT_LOOK_S = 0.2
 """How soon a process notices that its parent is gone."""
+
+ORPHAN_GRACE_S = 3.0
+"""How long a process whose parent is gone may take to end."""
 
 log = structlog.get_logger()
 
@@ -475,6 +483,8 @@ class GridExchange:
         self._uploads: list[_Upload] = []
         # Flower's own judgement sends SIGINT to this process, and gives up on any TLS error of a dying SuperLink.
         grid._retry_invoker.should_giveup = _is_final
+        # Its waits double up to 20 s: meant for a network, not for a service beside this process that is back in two.
+        grid._retry_invoker.wait_gen_factory = partial(itertools.repeat, RETRY_S)
 
     def send(self, node_id: int, payload: bytes, ttl_s: float) -> str:
         """Send an envelope to a node and return the message's id; the node may take it within `ttl_s` seconds.
@@ -838,12 +848,18 @@ def _runtime_arguments() -> argparse.ArgumentParser:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Send this process SIGTERM when its parent is gone, even killed, so that nothing is left behind."""
+    """Send this process SIGTERM when its parent is gone, even killed, so that nothing is left behind.
+
+    What is still there after `ORPHAN_GRACE_S` ends without further ado: a SuperLink waits for its nodes' open connections first,
+    and holds the port that its successor needs. It loses nothing, its state is on disk after every answer.
+    """
 
     def look() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_LOOK_S)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_GRACE_S)
+        os._exit(1)
 
     threading.Thread(target=look, name="parent-monitor", daemon=True).start()
 
