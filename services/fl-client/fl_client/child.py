@@ -59,6 +59,8 @@ MAX_ACTIVE = 4
 MAX_WORKSPACES = 3
 READING_EVERY_S = 0.5  # progress of reading is for a person's eye
 PR_SET_PDEATHSIG = 1  # prctl(2)
+# Training gives way to everything else on the machine: to the node loop, whose answers others wait for, first of all.
+NICENESS = 10
 
 # What libraries say when memory is short and the exception's class does not tell.
 MEMORY_WORDS = (
@@ -473,6 +475,16 @@ def read_commands(source: IO[bytes], trainer: Trainer) -> None:
     os._exit(0)
 
 
+def give_way() -> None:
+    """Let this process have what processor time others leave."""
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    # Linux compares niceness only within a session where it groups processes by session (sched(7), autogroup).
+    with suppress(OSError):
+        os.setsid()
+        Path("/proc/self/autogroup").write_text(f"{NICENESS}\n")
+
+
 def main() -> None:
     """Run as a process of its own; the one argument is a JSON object with the parent's id and the limits."""
     setup = json.loads(sys.argv[1])
@@ -491,6 +503,7 @@ def main() -> None:
     trainer = Trainer(tell)
     threading.Thread(target=read_commands, args=(sys.stdin.buffer, trainer), daemon=True, name="commands").start()
     apply_limits(setup.get("memory_bytes"), setup.get("gpu_memory_fraction"))
+    give_way()
     trainer.serve()
 
 
