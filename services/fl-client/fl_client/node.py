@@ -104,6 +104,7 @@ class Node:
         listener: Listener,
         trainer: Trainer | None = None,
         open_fleet: OpenFleet = open_fleet,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         """Start nothing yet.
 
@@ -111,8 +112,10 @@ class Node:
             listener: told what happens, on the node's threads, one call at a time.
             trainer: where the work is done, closed by who made it; one of the node's own when left out.
             open_fleet: makes a connection to the fleet, again after each that has failed.
+            on_tick: called about every second by the loop itself, and so no longer once the loop hangs.
         """
         self._open_fleet = open_fleet
+        self._on_tick = on_tick
         self._site = site
         self._listener = listener
         self._listening = threading.Lock()
@@ -232,6 +235,7 @@ class Node:
         next_look = 0.0
         try:
             while not self._stopping.is_set():
+                self._on_tick()
                 self._look_at_limits()
                 if time.monotonic() >= next_look or self._wake_watch.is_set():
                     self._wake_watch.clear()
