@@ -288,8 +288,8 @@ class Stack:
             "MEDHIVE_MLFLOW_STATE_DIR": str(self.folder / "coordinator" / "mlflow"),
             "MEDHIVE_MLFLOW_HOST": "127.0.0.1",
             "MEDHIVE_MLFLOW_PORT": str(self.ports["mlflow"]),
-            "MEDHIVE_MLFLOW_TLS_CERT": str(self.gateway_state / "tls" / "server.crt"),
-            "MEDHIVE_MLFLOW_TLS_KEY": str(self.gateway_state / "tls" / "server.key"),
+            "MEDHIVE_MLFLOW_TLS_CERT": str(self.gateway_state / "tls" / "mlflow.crt"),
+            "MEDHIVE_MLFLOW_TLS_KEY": str(self.gateway_state / "tls" / "mlflow.key"),
         }
         program = self._program("mlflow", [sys.executable, str(script)], env)
         wait_until(self._mlflow_ready, "MLflow's /health", START_DEADLINE_S, program.require_running)

@@ -3,9 +3,11 @@
 Settings are variables, so that the demo and the image start the same thing:
 MEDHIVE_MLFLOW_STATE_DIR (database and artifacts), _HOST, _PORT, _ALLOWED_HOSTS (every name it is reached by, besides
 localhost and 127.0.0.1; MLflow answers 403 to others), _DATABASE_URL_FILE (a file with another database's URL),
-_TLS_CERT and _TLS_KEY (without them it speaks plain HTTP, for loopback alone).
+_TLS_CERT and _TLS_KEY (without them it speaks plain HTTP, for loopback alone); and, for logins, _WRITER_PASSWORD_FILE (of
+`writer`, the aggregator), _READER_PASSWORD_FILE (of `reader`, whom the proxy lets people be) and _COOKIE_SECRET_FILE.
 """
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -15,6 +17,9 @@ from pathlib import Path
 
 PREFIX = "MEDHIVE_MLFLOW_"
 DEFAULT_PORT = 8080
+WRITER, READER = "writer", "reader"
+LOGIN_FILES = ("WRITER_PASSWORD_FILE", "READER_PASSWORD_FILE", "COOKIE_SECRET_FILE")
+PASSWORD_CHECKED_EVERY_S = 60  # MLflow's slow hash of a password costs more than most of its answers
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -34,6 +39,7 @@ def command(environment: Mapping[str, str]) -> list[str]:
     argv = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     argv += ["--serve-artifacts", "--artifacts-destination", (state / "artifacts").as_uri()]
     argv += ["--allowed-hosts", ",".join(_allowed_hosts(environment, port))]
+    argv += ["--app-name", "basic-auth"] if _logins(environment) else []
     tls = _tls_options(environment, host)
     return [*argv, "--uvicorn-opts", shlex.join(["--log-level", "warning", *tls])]
 
@@ -69,6 +75,68 @@ def _tls_options(environment: Mapping[str, str], host: str) -> list[str]:
     return []
 
 
+def _logins(environment: Mapping[str, str]) -> dict[str, str]:
+    """The secrets of the logins, by the setting's name; empty without logins."""
+    given = {name: environment.get(PREFIX + name) for name in LOGIN_FILES}
+    if not any(given.values()):
+        return {}
+    missing = [PREFIX + name for name, path in given.items() if not path]
+    if missing:
+        raise Misconfigured(f"Logins need {', '.join(missing)} too.")
+    return {name: Path(path).read_text("utf-8").strip() for name, path in given.items() if path}
+
+
+def _login_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    logins = _logins(environment)
+    if not logins:
+        return {}
+    state = _state_folder(environment)
+    config = state / "auth.ini"
+    config.write_text(
+        "[mlflow]\n"
+        "default_permission = READ\n"
+        f"database_uri = {_login_database(state)}\n"
+        f"admin_username = {WRITER}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        f"auth_cache_ttl_seconds = {PASSWORD_CHECKED_EVERY_S}\n",
+        "utf-8",
+    )
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(config),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": logins["WRITER_PASSWORD_FILE"],
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": logins["COOKIE_SECRET_FILE"],
+    }
+
+
+def _login_database(state: Path) -> str:
+    return f"sqlite:///{state / 'auth.db'}"
+
+
+def ensure_logins(environment: Mapping[str, str]) -> None:
+    """Make the two users, or give them their new passwords; nothing to do, and nothing imported, when all is as it was.
+
+    MLflow makes only its first user by itself, and takes no new password for it from its settings.
+    """
+    logins = _logins(environment)
+    if not logins:
+        return
+    state = _state_folder(environment)
+    passwords = {WRITER: logins["WRITER_PASSWORD_FILE"], READER: logins["READER_PASSWORD_FILE"]}
+    digest, done = hashlib.sha256("\n".join(passwords.values()).encode()).hexdigest(), state / "auth.sha256"
+    if done.exists() and done.read_text("utf-8") == digest and (state / "auth.db").exists():
+        return
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore  # noqa: PLC0415 - takes seconds, needed once
+
+    store = SqlAlchemyStore()
+    store.init_db(_login_database(state))
+    for name, password in passwords.items():
+        if store.has_user(name):
+            store.update_user(name, password=password, is_admin=name == WRITER)
+        else:
+            store.create_user(name, password, is_admin=name == WRITER)
+    done.write_text(digest, "utf-8")
+
+
 def environment_of_server(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment with what keeps the server small and quiet, and the database, whose URL may hold a password."""
     return {
@@ -76,6 +144,7 @@ def environment_of_server(environment: Mapping[str, str]) -> dict[str, str]:
         "MLFLOW_BACKEND_STORE_URI": _database(environment),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        **_login_environment(environment),
     }
 
 
@@ -83,6 +152,7 @@ def main() -> None:
     """Become the server, so that signals reach it."""
     try:
         argv, environment = command(os.environ), environment_of_server(os.environ)
+        ensure_logins(os.environ)
     except (Misconfigured, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the command line's answer
         raise SystemExit(1) from None

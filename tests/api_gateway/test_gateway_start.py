@@ -1,5 +1,6 @@
 """Starting and stopping: what is made once, what is refused in one sentence, and how soon the process is gone."""
 
+import hashlib
 import os
 import socket
 import ssl
@@ -20,10 +21,9 @@ from api_gateway import blobs, migrate, models
 from api_gateway.__main__ import build, main
 from api_gateway.app import sweep
 from api_gateway.blobstore import UPLOAD_KEPT
-from api_gateway.causes import Unavailable
 from api_gateway.db import WRITES, Base, Database, translated
 from api_gateway.settings import Settings
-from medhive.errors import IncompatibleVersion, NoSpace
+from medhive.errors import IncompatibleVersion, NoSpace, Unavailable
 from medhive.wire import API
 
 
@@ -53,7 +53,7 @@ def test_a_second_start_makes_nothing_new(tmp_path: Path) -> None:
     with running_gateway(tmp_path / "state") as gateway:
         kept = {path: path.read_bytes() for path in (tmp_path / "state").rglob("*.key")}
         password = gateway.password
-        assert password and len(kept) == 4
+        assert password and len(kept) == 6
         assert gateway.stop() == 0
         gateway.password = None
         gateway.start()
@@ -235,7 +235,7 @@ def test_a_databases_troubles_have_names(said: str, cause: type[Exception]) -> N
 
 
 def test_a_named_proxy_is_believed_and_sends_the_bytes(tmp_path: Path) -> None:
-    settings = {"trusted_proxy": "127.0.0.1", "accel_prefix": "/protected/"}
+    settings = {"trusted_proxy": "127.0.0.0/8", "accel_prefix": "/protected/"}
     with running_gateway(tmp_path / "state", **settings) as gateway:
         world = World(gateway, tmp_path)
         hospital = world.hospital()
@@ -245,7 +245,11 @@ def test_a_named_proxy_is_believed_and_sends_the_bytes(tmp_path: Path) -> None:
             http.headers["X-Forwarded-For"] = "198.51.100.7, 203.0.113.9"
             assert http.post("/requests", json={"study": study}).json()["source_address"] == "203.0.113.9"
             answer = http.get(f"/studies/{study}/versions/1/file")
+            del http.headers["X-Forwarded-For"]
+            direct = http.get(f"/studies/{study}/versions/1/file")
         digest = version.digest
         assert answer.headers["X-Accel-Redirect"] == f"/protected/{digest[:2]}/{digest[2:4]}/{digest}"
         assert answer.content == b""
+        # A service beside the gateway asks it without the proxy, which alone could send the bytes for it.
+        assert hashlib.sha256(direct.content).hexdigest() == digest
         world.close()

@@ -22,8 +22,10 @@ from api_gateway import accounts, auth, migrate
 from api_gateway.app import create_app
 from api_gateway.blobstore import BlobStore
 from api_gateway.db import Database
+from api_gateway.handouts import hand_out
 from api_gateway.hub import Hub
 from api_gateway.models import Account, Version
+from api_gateway.patience import guarded_protocol
 from api_gateway.settings import PREFIX, Settings, load_settings, read_secret_file
 from api_gateway.state import State, locked, open_state
 from api_gateway.work import Gateway
@@ -102,6 +104,7 @@ def serve(settings: Settings, out: TextIO) -> None:
             proxy_headers=False,
             timeout_graceful_shutdown=GRACEFUL_S,
             timeout_keep_alive=KEEP_ALIVE_S,
+            http=guarded_protocol(settings.head_s),
         )
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(_Server(config, gateway.hub).serve(sockets=[sock]))
@@ -156,6 +159,8 @@ def build(settings: Settings) -> tuple[Gateway, str | None]:
     """
     with locked(settings) as folder:
         state = open_state(settings, folder)
+        if settings.handout_dir:
+            hand_out(folder, settings.handout_dir)
         database = Database(settings.database_address)
         try:
             migrate.upgrade(database)

@@ -21,14 +21,7 @@ def login(call: Call, body: Login) -> TokenAnswer:
         NotAuthenticated: name or password is wrong, or the account is disabled.
         TooManyAttempts: too many failures lately.
     """
-    keys = auth.attempt_keys(body.username, call.source)
-    with call.anonymous(call.gateway.database.read) as work:
-        auth.require_not_throttled(work.session, work.now, keys)
-        account = work.session.get(Account, body.username)
-        hashed = account.password_hash if account and not account.disabled else None
-    if not auth.password_fits(hashed, body.password):
-        _login_failed(call, body.username, keys)
-        raise NotAuthenticated("The name or the password is wrong.")
+    check_password(call, body)
     with call.anonymous(call.gateway.database.write, body.username) as work:
         account = _known(work, body.username)
         token = auth.issue(
@@ -41,6 +34,25 @@ def login(call: Call, body: Login) -> TokenAnswer:
         )
         work.record(Kind.LOGIN_SUCCEEDED, f"account {account.username}", site=account.site, source_address=work.source)
         return token
+
+
+def check_password(call: Call, body: Login) -> Role:
+    """The role of whom the password belongs to; no token is given, and only failures are events.
+
+    Raises:
+        NotAuthenticated: name or password is wrong, or the account is disabled.
+        TooManyAttempts: too many failures lately.
+    """
+    keys = auth.attempt_keys(body.username, call.source)
+    with call.anonymous(call.gateway.database.read) as work:
+        auth.require_not_throttled(work.session, work.now, keys)
+        account = work.session.get(Account, body.username)
+        hashed = account.password_hash if account and not account.disabled else None
+        role = account.role if account else Role.SITE
+    if not auth.password_fits(hashed, body.password):
+        _login_failed(call, body.username, keys)
+        raise NotAuthenticated("The name or the password is wrong.")
+    return Role(role)
 
 
 def logout(work: Work) -> None:

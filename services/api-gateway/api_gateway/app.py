@@ -12,9 +12,10 @@ from sqlalchemy import delete
 from api_gateway import __version__, blobs, errors, events, runs
 from api_gateway.http import Frame
 from api_gateway.models import Attempt, Token, UsedNonce
+from api_gateway.patience import Pace
 from api_gateway.routes import blobs as blob_routes
 from api_gateway.routes import events as event_routes
-from api_gateway.routes import health, identity, sites, studies, versions
+from api_gateway.routes import health, identity, sites, studies, tracking, versions
 from api_gateway.routes import runs as run_routes
 from api_gateway.work import Gateway
 from medhive.wire import API, Problem
@@ -40,11 +41,13 @@ def create_app(gateway: Gateway) -> FastAPI:
     )
     app.state.gateway = gateway
     app.state.mlflow_health = health.MlflowHealth(gateway.settings.mlflow_url)
+    app.state.mlflow_logins = tracking.Remembered()
     errors.install(app)
     for module in (identity, sites, studies, run_routes, blob_routes, versions, event_routes):
         app.include_router(module.router, prefix=API)
     app.include_router(health.router)
-    app.add_middleware(Frame)
+    app.include_router(tracking.router)
+    app.add_middleware(Frame, pace=Pace(gateway.settings.body_window_s, gateway.settings.body_window_bytes))
     return app
 
 

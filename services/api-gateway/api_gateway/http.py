@@ -4,6 +4,7 @@ Anything that a body could hold and a database, a canonical form or JSON itself 
 half of a character, a NUL, a nesting without end) is refused here once, so that no service has to think of it.
 """
 
+import ipaddress
 import json
 import math
 import time
@@ -17,10 +18,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_gateway.errors import problem_of
+from api_gateway.patience import Arrival, Pace
 from api_gateway.runs import MAX_NUMBER
 from api_gateway.work import Call, Gateway
 from medhive import __version__
-from medhive.errors import InvalidInput, MedHiveError, TooLarge
+from medhive.errors import InvalidInput, MedHiveError, TooLarge, TooSlow
 from medhive.spec import Digest
 from medhive.version import PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER, require_compatible
 from medhive.wire import API
@@ -61,10 +63,22 @@ def call_of(request: Request) -> Call:
 def source_of(request: Request, gateway: Gateway) -> str:
     """Where the exchange comes from; a proxy is believed only when it is named in the settings."""
     peer = request.client.host if request.client else "unknown"
-    if peer not in gateway.settings.trusted_proxy:
+    if not came_through_proxy(request, gateway):
         return peer
-    forwarded = request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip()
+    forwarded = request.headers["X-Forwarded-For"].rpartition(",")[2].strip()
     return forwarded[:64] or peer
+
+
+def came_through_proxy(request: Request, gateway: Gateway) -> bool:
+    """Whether a proxy that is named in the settings passed the exchange on; services beside it come directly."""
+    trusted = gateway.settings.trusted_proxy
+    if not trusted or request.client is None or "X-Forwarded-For" not in request.headers:
+        return False
+    try:
+        peer = ipaddress.ip_address(request.client.host)
+    except ValueError:
+        return False
+    return any(peer in ipaddress.ip_network(network, strict=False) for network in trusted)
 
 
 CallDep = Annotated[Call, Depends(call_of)]
@@ -153,18 +167,19 @@ class StrictRoute(APIRoute):
 
 
 class Frame:
-    """ASGI middleware: protocol versions, the limit of bodies, our own version on every answer, one log line each."""
+    """ASGI middleware: protocol versions, limits of bodies, our own version on every answer, one log line each."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, pace: Pace) -> None:
         """Wrap an application."""
         self.app = app
+        self._pace = pace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one exchange."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send)
+        exchange = _Exchange(scope, receive, send, Arrival(self._pace))
         try:
             require_version(scope["method"], scope["path"], Headers(scope=scope))
             exchange.require_length()
@@ -194,8 +209,9 @@ def require_version(method: str, path: str, headers: Headers) -> None:
 
 
 class _Exchange:
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, arrival: Arrival) -> None:
         self._scope, self._receive, self._send = scope, receive, send
+        self._arrival = arrival
         self._began = time.monotonic()
         self._status = 0
         self._bytes = 0
@@ -208,11 +224,19 @@ class _Exchange:
             raise TooLarge(f"A body may have {MAX_JSON_BYTES} bytes.", limit=MAX_JSON_BYTES)
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        message = await self._next()
         self._bytes += len(message.get("body", b""))
         if self._limited and self._bytes > MAX_JSON_BYTES:
             raise TooLarge(f"A body may have {MAX_JSON_BYTES} bytes.", limit=MAX_JSON_BYTES)
         return message
+
+    async def _next(self) -> Message:
+        try:
+            return await self._arrival.next(self._receive)
+        except TooSlow:
+            if self._status:  # answered already, without the body: the peer is as good as gone
+                return {"type": "http.disconnect"}
+            raise
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -4,6 +4,7 @@ Every variable carries the prefix `MEDHIVE_GATEWAY_`. Secrets may also be given 
 neither in an environment listing nor on a command line. No secret has a default value.
 """
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -36,18 +37,33 @@ class Settings(BaseSettings):
     # Only asked for its health.
     mlflow_url: str | None = None
     admin_password_file: Path | None = None
-    # Addresses whose X-Forwarded-For is believed; without any, the peer's own address counts.
+    # Folder with a sub-folder for each service that gets its certificates and secrets from here (`api_gateway.handouts`).
+    handout_dir: Path | None = None
+    # Addresses or networks whose X-Forwarded-For is believed; without any, the peer's own address counts.
     trusted_proxy: Annotated[tuple[str, ...], NoDecode] = ()
     # Prefix of the proxy's internal location over the blobs folder; set, the proxy sends the bytes, not Python.
     accel_prefix: str | None = Field(None, pattern=r"^/[A-Za-z0-9/_-]*$")
     # What one hospital may keep in the blob store at one time: many updates of the largest models.
     site_quota_bytes: int = Field(40 * GIB, gt=0)
     lease_s: float = Field(30.0, gt=0, le=600)
+    # How long a peer may take from connecting to the end of its request's head; a slow line needs a second or two.
+    head_s: float = Field(20.0, gt=0, le=600)
+    # How much of a body must come in how long: a twentieth of what a telephone line carried, so that only who holds a
+    # connection on purpose, or has lost his, is cut off.
+    body_window_s: float = Field(30.0, gt=0, le=600)
+    body_window_bytes: int = Field(8 * 1024, gt=0, le=1024 * 1024)
 
     @field_validator("public_names", "trusted_proxy", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("trusted_proxy")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            ipaddress.ip_network(network, strict=False)
+        return value
 
     @model_validator(mode="after")
     def _one_database(self) -> Self:

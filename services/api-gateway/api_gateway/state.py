@@ -21,6 +21,10 @@ from medhive.signing import SigningKey, write_secret
 
 TOKEN_BYTES = 32  # of every random secret: beyond guessing
 
+# Certificates, and the name by which each one's service is reached inside a deployment; besides localhost.
+LEAVES = {"server": "gateway", "proxy": "proxy", "superlink": "fl-server", "mlflow": "mlflow"}
+PUBLIC_LEAVES = ("server", "proxy")  # the others are reached from inside alone
+
 
 @dataclass(frozen=True)
 class State:
@@ -77,8 +81,9 @@ def open_state(settings: Settings, folder: Path) -> State:
     (folder / "blobs").mkdir(mode=0o700, exist_ok=True)
     authority = Authority.open(tls, settings.coordinator_name)
     now = datetime.datetime.now(datetime.UTC)
-    for name in ("server", "superlink"):
-        authority.ensure_leaf(tls, name, settings.public_names, now)
+    for leaf, own_name in LEAVES.items():
+        names = (own_name, *(settings.public_names if leaf in PUBLIC_LEAVES else ()))
+        authority.ensure_leaf(tls, leaf, names, now)
     token = _ensure_secret(folder / "secrets" / "server-token")
     return State(folder, authority, _coordinator_key(folder), hashlib.sha256(token.encode()).hexdigest())
 

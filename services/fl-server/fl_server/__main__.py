@@ -19,6 +19,7 @@ import structlog
 from fl_server import __version__
 from fl_server.dispatcher import Dispatcher
 from fl_server.flower import Command, SuperLink, superexec_command, superlink_command
+from fl_server.gate import Gate
 from fl_server.locking import FolderLock
 from fl_server.logs import log_json
 from fl_server.nodes import NodeRegistry
@@ -139,9 +140,11 @@ class Server:
 
 
 def _services(settings: ServerSettings) -> list[Service]:
-    """SuperLink, superexec and, where there is an MLflow server, tracking."""
+    """SuperLink, superexec and, where asked for, the gate and tracking."""
     settings.superexec_secret_file.stat()
     services = [Service("superlink", lambda: _superlink(settings)), Service("superexec", lambda: _superexec(settings))]
+    if settings.gate:
+        services.append(Service("gate", _gate(settings, settings.gate).command))
     if settings.mlflow_url:
         services.append(Service("tracking", _tracking))
     return services
@@ -165,6 +168,17 @@ def _superexec(settings: ServerSettings) -> Command:
         ca=settings.gateway_ca_file,
         secret_file=settings.superexec_secret_file,
         home=settings.flower_home,
+    )
+
+
+def _gate(settings: ServerSettings, address: str) -> Gate:
+    return Gate(
+        address=address,
+        superlink_port=settings.fleet_port,
+        certificate=settings.tls_cert,
+        key=settings.tls_key,
+        ca=settings.gateway_ca_file,
+        folder=settings.gate_dir,
     )
 
 

@@ -850,8 +850,8 @@ def _runtime_arguments() -> argparse.ArgumentParser:
 def _end_with_parent(parent: int) -> None:
     """Send this process SIGTERM when its parent is gone, even killed, so that nothing is left behind.
 
-    What is still there after `ORPHAN_GRACE_S` ends without further ado: a SuperLink waits for its nodes' open connections first,
-    and holds the port that its successor needs. It loses nothing, its state is on disk after every answer.
+    What is still there after `ORPHAN_GRACE_S` ends without further ado: a SuperLink waits for its nodes' open connections
+    first, and holds the port that its successor needs. It loses nothing, its state is on disk after every answer.
     """
 
     def look() -> None:

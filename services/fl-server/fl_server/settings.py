@@ -51,6 +51,8 @@ class ServerSettings(BaseSettings):
     tls_cert: Path
     tls_key: Path
     fleet_port: int = Field(9092, ge=1, le=65535)
+    # HOST:PORT of the gate before the SuperLink, in a container; without one only this machine reaches the fleet port.
+    gate: Annotated[str, StringConstraints(pattern=r"^[^\s;{}]+:[0-9]{1,5}$")] | None = None
     # Runs that go on at once: each is a process of about 200 MB.
     max_runs: int = Field(8, ge=1, le=100)
     mlflow_url: Url | None = None
@@ -95,6 +97,11 @@ class ServerSettings(BaseSettings):
     def superlink_database(self) -> Path:
         """The SuperLink's SQLite file, by which it survives a crash."""
         return self.state_dir / "superlink.db"
+
+    @property
+    def gate_dir(self) -> Path:
+        """The gate's configuration and temporary files."""
+        return self.state_dir / "gate"
 
     @property
     def superexec_secret_file(self) -> Path:
