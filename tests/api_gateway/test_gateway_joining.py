@@ -20,6 +20,7 @@ from medhive.errors import (
     NotAllowed,
     NotAuthenticated,
     NotFound,
+    TooManyAttempts,
 )
 from medhive.signing import SigningKey, sign
 from medhive.wire import API, Join, SiteTokenProof
@@ -244,6 +245,8 @@ def test_too_many_refused_joins_must_wait(tmp_path: Path) -> None:
         right = {"username": "admin", "password": gateway.password}
         refused = http.post("/login", json=right)
         assert refused.status_code == 429 and refused.json()["data"]["retry_after_s"] > 0
+        with pytest.raises(TooManyAttempts, match="try again in"):
+            world.login("admin", str(gateway.password))
         rows = world.admin.get(f"{API}/events", limit=1000)
         assert sum(row["kind"] == "login.failed" for row in rows) == 5
         world.close()

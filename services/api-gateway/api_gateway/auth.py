@@ -13,11 +13,11 @@ from argon2.exceptions import InvalidHashError, VerificationError
 from sqlalchemy import delete, update
 from sqlalchemy.orm import Session
 
-from api_gateway.causes import TooManyAttempts
 from api_gateway.db import Database
 from api_gateway.models import Attempt, Token
 from api_gateway.state import TOKEN_BYTES
 from api_gateway.work import Work, token_hash
+from medhive.errors import TooManyAttempts
 from medhive.states import Role
 from medhive.wire import TokenAnswer
 

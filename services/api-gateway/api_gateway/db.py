@@ -16,8 +16,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, Session
 
-from api_gateway.causes import Unavailable
-from medhive.errors import InvalidInput, NoSpace
+from medhive.errors import InvalidInput, NoSpace, Unavailable
 
 BUSY_TIMEOUT_S = 30  # a writer waits this long for the others before it gives up; each takes milliseconds
 POOL_CONNECTIONS = 20

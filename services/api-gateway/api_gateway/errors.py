@@ -43,6 +43,7 @@ STATUS: Mapping[str, HTTPStatus] = MappingProxyType(
         "digest-mismatch": HTTPStatus.UNPROCESSABLE_ENTITY,
         "unreachable": HTTPStatus.BAD_GATEWAY,
         "no-space": HTTPStatus.INSUFFICIENT_STORAGE,
+        "too-slow": HTTPStatus.REQUEST_TIMEOUT,
         "too-many-attempts": HTTPStatus.TOO_MANY_REQUESTS,
         "unavailable": HTTPStatus.SERVICE_UNAVAILABLE,
         # What the core's own modules raise about weights and strategies that were sent here.
@@ -50,6 +51,14 @@ STATUS: Mapping[str, HTTPStatus] = MappingProxyType(
         "wrong-layout": HTTPStatus.UNPROCESSABLE_ENTITY,
     }
 )
+
+HEADERS: Mapping[int, Mapping[str, str]] = MappingProxyType(
+    {
+        HTTPStatus.UNAUTHORIZED: {"WWW-Authenticate": "Bearer"},
+        HTTPStatus.REQUEST_TIMEOUT: {"Connection": "close"},  # nobody waits for the rest of the body
+    }
+)
+"""What HTTP wants to be said with a status."""
 
 ROUTE_ERRORS: Mapping[int, str] = MappingProxyType(
     {
@@ -71,7 +80,7 @@ def problem(code: str, status: int, detail: str, data: Mapping[str, Any] | None 
     """The problem document as an answer."""
     title = HTTPStatus(status).phrase
     body = Problem(type=TYPE_PREFIX + code, title=title, status=status, detail=detail, data=dict(data or {}))
-    headers = {"WWW-Authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else {}
+    headers = dict(HEADERS.get(status, {}))
     return JSONResponse(body.model_dump(mode="json"), status_code=status, media_type=MEDIA_TYPE, headers=headers)
 
 

@@ -1,13 +1,15 @@
 """The way to the gateway that sites, the aggregator and the command lines share: errors, versions, resumable bytes.
 
 One class, so that trust (the coordinator's own CA, plus a hospital's), time-outs, limits and the mapping of problem
-documents back to named errors are decided in one place.
+documents back to named errors are decided in one place; and beside it `introduce`, the one exchange before there is any
+trust.
 """
 
 import hashlib
 import json
 import os
 import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,17 +17,24 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import httpx
+from pydantic import ValidationError
 
 from medhive import __version__, errors
-from medhive.errors import DigestMismatch, MedHiveError, TooLarge, Unreachable
+from medhive.errors import DigestMismatch, InvalidInput, MedHiveError, TooLarge, Unavailable, Unreachable
 from medhive.version import PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER
+from medhive.wire import API, CoordinatorAnswer
 
 CHUNK_BYTES: Final = 4 * 1024 * 1024  # one PUT's part: small enough to resume, large enough to run at line speed
 READ_BYTES: Final = 1024 * 1024
 MAX_ANSWER_BYTES: Final = 32 * 1024 * 1024  # the largest JSON answer, a list of runs, is far below
 CONNECT_TIMEOUT_S: Final = 10.0
 READ_TIMEOUT_S: Final = 60.0
+# An introduction holds one certificate and a few names; whoever answers is not known yet, so no more is read, nor longer.
+MAX_INTRODUCTION_BYTES: Final = 256 * 1024
+INTRODUCTION_S: Final = 30.0
 TRIES: Final = 5  # of one part of a transfer, before the caller hears of it
+# What a proxy answers by itself, without a problem document, while the gateway behind it restarts.
+PROXYS_OWN: Final = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
 
 Progress = Callable[[int, int], None]
 
@@ -64,6 +73,46 @@ class Trust:
         if self.extra_ca_file:
             context.load_verify_locations(cafile=self.extra_ca_file)
         return context
+
+
+def introduce(address: str) -> CoordinatorAnswer:
+    """Ask an address who it is, before there is anything to trust it by.
+
+    The certificate is not verified, on purpose: nothing secret is sent, and the answer counts for nothing until the caller
+    has compared its CA with a fingerprint that came another way.
+
+    Raises:
+        Unreachable: nobody answers.
+        InvalidInput: whoever answers is no MedHive coordinator.
+    """
+    try:
+        with (
+            httpx.Client(verify=False, timeout=CONNECT_TIMEOUT_S) as http,  # noqa: S501 - see above
+            http.stream("GET", f"{address}{API}/coordinator", headers={"Accept-Encoding": "identity"}) as answer,
+        ):
+            return CoordinatorAnswer.model_validate_json(_bounded_content(answer))
+    except httpx.TransportError as error:
+        raise _unreachable(address, error) from error
+    except (httpx.HTTPError, httpx.InvalidURL, ValidationError, TooLarge) as error:
+        raise InvalidInput(f"{address} does not answer as a MedHive coordinator; check the address.") from error
+
+
+def _bounded_content(answer: httpx.Response) -> bytes:
+    answer.raise_for_status()
+    content, deadline = b"", time.monotonic() + INTRODUCTION_S
+    for chunk in answer.iter_raw():  # as sent: a small piece may be packed from a very large one
+        content += chunk
+        if len(content) > MAX_INTRODUCTION_BYTES or time.monotonic() > deadline:
+            raise TooLarge("This is no introduction.")
+    return content
+
+
+def _unreachable(address: str, error: httpx.TransportError) -> Unreachable:
+    return Unreachable(
+        f"{address} does not answer ({error or type(error).__name__}); see docs/troubleshooting.md, "
+        "'The coordinator does not answer'.",
+        address=address,
+    )
 
 
 class GatewayClient:
@@ -131,11 +180,7 @@ class GatewayClient:
         try:
             yield
         except httpx.TransportError as error:
-            raise Unreachable(
-                f"{self.address} does not answer ({error or type(error).__name__}); see docs/troubleshooting.md, "
-                "'The coordinator does not answer'.",
-                address=self.address,
-            ) from error
+            raise _unreachable(self.address, error) from error
 
     def download(
         self, path: str, destination: Path, digest: str, *, max_bytes: int, on_progress: Progress | None = None
@@ -230,7 +275,7 @@ class GatewayClient:
         """Yield rows of the live event stream after number `after`, until the server or the time-out ends it."""
         headers = {"Last-Event-ID": str(after), "Accept": "text/event-stream"}
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
-        path = "/api/v1/events"
+        path = f"{API}/events"
         with self._translated(), self._http.stream("GET", path, headers=headers, timeout=timeout) as answer:
             if answer.is_error:
                 answer.read()
@@ -262,7 +307,7 @@ def _raise_problem(answer: httpx.Response) -> None:
         detail = str(problem.get("detail") or problem.get("title"))
         data = problem.get("data") or {}
     except (ValueError, KeyError, TypeError):
-        code, data = "remote-error", {}
+        code, data = Unavailable.code if answer.status_code in PROXYS_OWN else RemoteError.code, {}
         detail = f"The server answered {answer.status_code} to {answer.request.method} {answer.request.url.path}."
     kind = KNOWN_ERRORS.get(code, RemoteError)
     error = kind(detail)

@@ -99,6 +99,24 @@ class Unreachable(MedHiveError):
     code = "unreachable"
 
 
+class Unavailable(Unreachable):
+    """The other side answers, but only that it cannot do its work now; whoever waits for an answer waits for this too."""
+
+    code = "unavailable"
+
+
+class TooSlow(Unreachable):
+    """What was announced arrives so slowly that nobody waits for its end: the line is as good as down."""
+
+    code = "too-slow"
+
+
+class TooManyAttempts(MedHiveError):
+    """Somebody tries too often; `data.retry_after_s` says how long to leave it."""
+
+    code = "too-many-attempts"
+
+
 class NoSpace(MedHiveError):
     """The disk is full."""
 

@@ -10,7 +10,6 @@ Joining again with the same state folder continues as the same site: nothing is 
 import base64
 import binascii
 import hashlib
-import json
 import secrets
 import ssl
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -28,7 +26,7 @@ from pydantic import ValidationError
 from fl_client.gateway import Gateway
 from fl_client.store import Store
 from medhive import __version__
-from medhive.client import CONNECT_TIMEOUT_S, GatewayClient, Trust
+from medhive.client import GatewayClient, Trust, introduce
 from medhive.errors import (
     BadSignature,
     ClockSkew,
@@ -36,7 +34,6 @@ from medhive.errors import (
     InvalidInput,
     MedHiveError,
     NotFound,
-    TooLarge,
     Unreachable,
 )
 from medhive.signing import Signed, SigningKey, VerifyKey, canonical_json, sign, write_secret
@@ -55,8 +52,6 @@ from medhive.wire import (
 
 TOKEN_PREFIX = "mh1"  # noqa: S105 - the form's name, not a secret
 SECRET_BYTES = 32
-# The unverified first answer holds one certificate and a few names; more is not read.
-MAX_BOOTSTRAP_BYTES = 256 * 1024
 IDENTITY, TOKEN, CLOCK = "identity", "token", "clock_offset_s"
 
 
@@ -349,42 +344,10 @@ def _first_answer(addresses: tuple[str, ...]) -> CoordinatorAnswer:
     problem: MedHiveError | None = None
     for address in addresses:
         try:
-            return _unverified_coordinator(address)
+            return introduce(address)
         except (Unreachable, InvalidInput) as error:
             problem = problem or error
     raise problem or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
-
-
-def _unverified_coordinator(address: str) -> CoordinatorAnswer:
-    """The one exchange without verification: it sends nothing secret, and its answer is checked by the invite."""
-    not_one = f"{address} does not answer as a MedHive coordinator; check SERVER_ADDRESS."
-    try:
-        with (
-            httpx.Client(verify=False, timeout=CONNECT_TIMEOUT_S) as http,  # noqa: S501
-            http.stream("GET", f"{address}{API}/coordinator") as answer,
-        ):
-            content = _read_bounded(answer)
-            if answer.is_error:
-                raise InvalidInput(not_one)
-    except httpx.TransportError as error:
-        raise Unreachable(
-            f"{address} does not answer ({error or type(error).__name__}); see docs/troubleshooting.md, 'The "
-            "coordinator does not answer'.",
-            address=address,
-        ) from error
-    try:
-        return CoordinatorAnswer.model_validate(json.loads(content))
-    except (ValueError, ValidationError) as error:
-        raise InvalidInput(not_one) from error
-
-
-def _read_bounded(answer: httpx.Response) -> bytes:
-    content = b""
-    for chunk in answer.iter_bytes():
-        content += chunk
-        if len(content) > MAX_BOOTSTRAP_BYTES:
-            raise TooLarge("The server's first answer is too large for a MedHive coordinator's; check SERVER_ADDRESS.")
-    return content
 
 
 def _authority_fingerprint(pem: str) -> bytes:

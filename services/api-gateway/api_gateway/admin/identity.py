@@ -5,8 +5,8 @@ from typing import Final
 
 import click
 
-from api_gateway.admin.session import Session, confirmed, connect, fingerprint, full_address, introduce
-from medhive.client import GatewayClient, Trust
+from api_gateway.admin.session import Session, confirmed, connect, fingerprint, full_address
+from medhive.client import GatewayClient, Trust, introduce
 from medhive.errors import InvalidInput
 from medhive.terminal import Command, Group, Terminal, build, moment, pass_terminal
 from medhive.wire import API, AccountAnswer, CoordinatorAnswer, Login, NewAccount, TokenAnswer

@@ -13,12 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-import httpx
-
-from medhive.client import CONNECT_TIMEOUT_S, GatewayClient, Trust
-from medhive.errors import InvalidInput, NotAuthenticated, Unreachable
+from medhive.client import GatewayClient, Trust
+from medhive.errors import InvalidInput, NotAuthenticated
 from medhive.follow import ClientSource, Source
-from medhive.wire import API, CoordinatorAnswer
 
 CONFIG_VARIABLE: Final = "MEDHIVE_ADMIN_CONFIG"
 DEFAULT_CONFIG: Final = Path("~/.config/medhive/admin.json")
@@ -94,22 +91,6 @@ def fingerprint(ca_pem: str) -> str:
         return hashlib.sha256(ssl.PEM_cert_to_DER_cert(ca_pem.strip())).hexdigest()
     except ValueError as error:
         raise InvalidInput("The CA certificate is not in PEM form.") from error
-
-
-def introduce(address: str) -> CoordinatorAnswer:
-    """Ask an address who it is, before there is anything to trust it by; send nothing secret on the strength of it.
-
-    Raises:
-        Unreachable: nobody answers, or not a MedHive coordinator.
-    """
-    try:
-        # Unverified on purpose: the answer counts only once its CA's fingerprint is confirmed.
-        answer = httpx.get(f"{address}{API}/coordinator", verify=False, timeout=CONNECT_TIMEOUT_S)  # noqa: S501
-        return CoordinatorAnswer.model_validate(answer.raise_for_status().json())
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Unreachable(f"{address} does not answer ({error}); is the address right and the gateway up?") from error
-    except ValueError as error:
-        raise Unreachable(f"{address} answers, but not as a MedHive coordinator.") from error
 
 
 def confirmed(ca_pem: str, expected: str) -> None:

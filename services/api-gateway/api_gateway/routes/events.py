@@ -9,11 +9,10 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from api_gateway import audit, events
-from api_gateway.causes import Unavailable
 from api_gateway.http import CallDep, StrictRoute
 from api_gateway.hub import MAX_STREAMS
 from api_gateway.work import ANYBODY, READERS, Call
-from medhive.errors import MedHiveError
+from medhive.errors import MedHiveError, Unavailable
 from medhive.states import Role
 from medhive.wire import Countersignature, EventAnswer, Head
 
