@@ -11,7 +11,7 @@ from api_gateway.blobstore import Part
 from api_gateway.files import file_answer
 from api_gateway.http import BlobDigest, CallDep, RunId, StrictRoute, number_of
 from api_gateway.work import Call
-from medhive.errors import InvalidInput
+from medhive.errors import InvalidInput, TooSlow
 from medhive.states import Role
 
 router = APIRouter(tags=["blobs"], route_class=StrictRoute)
@@ -87,7 +87,7 @@ async def _append(call: Call, request: Request, upload: Path, part: Part) -> Non
                 if len(buffer) >= BUFFER_BYTES:
                     await run_in_threadpool(write, bytes(buffer))
                     buffer.clear()
-        except ClientDisconnect:
+        except (ClientDisconnect, TooSlow):
             # What has arrived is a valid prefix; the sender asks where to go on.
             await run_in_threadpool(write, bytes(buffer))
             raise
