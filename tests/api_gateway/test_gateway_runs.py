@@ -342,6 +342,42 @@ def test_rounds_are_reported_once(world: World, hospital: Hospital, study: str) 
     world.server.post(f"{API}/server/runs/{run.id}/end", {"fence": lease.fence, "state": "failed"})
 
 
+def test_refused_contributions_are_events_by_code(world: World) -> None:
+    hospital, other = world.hospital(), world.hospital()
+    run = world.ready(world.study(hospital, other), hospital, other)
+    lease = world.started(run)
+    url = f"{API}/server/runs/{run.id}"
+    report = {
+        "fence": lease.fence,
+        "state": "closed",
+        "opened_at": datetime.now(UTC).isoformat(),
+        "sites": [{"site": hospital.site, "answered": True}],
+        "refusals": [{"site": hospital.site, "code": "bad-signature"}, {"site": other.site, "code": "not-finite"}],
+    }
+    with pytest.raises(InvalidInput, match="stranger"):
+        world.server.put(f"{url}/rounds/1", {**report, "refusals": [{"site": "stranger", "code": "not-finite"}]})
+    for _ in range(2):  # reported again, it is not told again
+        world.server.put(f"{url}/rounds/1", report)
+    end = {"fence": lease.fence, "state": "failed", "refusals": [{"site": other.site, "code": "bad-signature"}]}
+    with pytest.raises(InvalidInput, match="stranger"):
+        world.server.post(f"{url}/end", {**end, "refusals": [{"site": "stranger", "code": "not-finite"}]})
+    world.server.post(f"{url}/end", end)
+    world.server.post(f"{url}/end", {**end, "refusals": []})
+
+    def told(client: Any) -> list[tuple[str, int, str]]:
+        after = world.admin.get(f"{API}/events/head")["body"]["number"] - 30
+        rows = [row for row in client.get(f"{API}/events", after=max(after, 0)) if row["run_id"] == run.id]
+        found = [row for row in rows if row["kind"] == "contribution.refused"]
+        assert all(set(row["data"]) == {"round", "reason_code"} for row in found)
+        return [(row["site"], row["data"]["round"], row["data"]["reason_code"]) for row in found]
+
+    mine = (hospital.site, 1, "bad-signature")
+    assert told(world.admin) == [mine, (other.site, 1, "not-finite"), (other.site, 1, "bad-signature")]
+    assert told(hospital.client) == [mine]
+    assert hospital.client.get(f"{API}/runs/{run.id}/rounds")[0]["refusals"] == [report["refusals"][0]]
+    assert len(world.admin.get(f"{API}/runs/{run.id}/rounds")[0]["refusals"]) == 2
+
+
 def test_blobs_of_old_rounds_are_let_go(world: World) -> None:
     hospital = world.hospital()
     run = world.ready(world.study(hospital), hospital, rounds=3)

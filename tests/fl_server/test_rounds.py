@@ -108,8 +108,14 @@ def test_a_contribution_in_another_sites_name_is_refused_and_the_real_one_counts
     unforged.run()
     assert world.asked(TRAIN, 2).count("a") == 3
     assert world.dropped(2) == {}
+    assert refused(world, 2) == [("a", "bad-signature")] * 2
+    assert refused(world, 1) == refused(world, 3) == []
     assert world.desk.reported[2].sites[0].examples == 10
     assert same_weights(world, unforged)
+
+
+def refused(world: World, round_number: int) -> list[tuple[str, str]]:
+    return [(refusal.site, refusal.code) for refusal in world.desk.reported[round_number].refusals]
 
 
 def same_weights(one: World, other: World) -> bool:
@@ -127,6 +133,7 @@ def test_a_site_that_only_sends_forgeries_is_dropped_and_named(tmp_path: Path) -
     world.sites["b"].changes[TRAIN, 1] = as_a
     world.run()
     assert "refused" in world.dropped(1)["b"]
+    assert refused(world, 1) == [("b", "bad-signature")] * 3
     assert [site.answered for site in world.desk.reported[1].sites] == [True, False, True]
     assert world.desk.ended is not None
     assert world.desk.ended.state == "completed"
@@ -166,30 +173,41 @@ def set_nan(weights: dict[str, Any]) -> dict[str, Any]:
     return weights
 
 
-BAD_UPDATES = {
-    "nan": (with_weights(set_nan), "layer.bias"),
-    "length": (with_weights(lambda weights: {**weights, "layer.bias": np.zeros(9, np.float32)}), "layer.bias"),
-    "architecture": (with_weights(lambda _: {"conv": np.zeros(4, np.float32)}), "conv"),
+BAD_UPDATES: dict[str, tuple[Any, str, str | None]] = {
+    "nan": (with_weights(set_nan), "layer.bias", "not-finite"),
+    "length": (
+        with_weights(lambda weights: {**weights, "layer.bias": np.zeros(9, np.float32)}),
+        "layer.bias",
+        "wrong-layout",
+    ),
+    "architecture": (with_weights(lambda _: {"conv": np.zeros(4, np.float32)}), "conv", "wrong-layout"),
     "norm": (
         with_weights(lambda weights: {k: v + np.float32(1000) for k, v in weights.items()}),
         "far above the others",
+        "norm-outlier",
     ),
-    "missing": (lambda _, __, b: b.model_copy(update={"content_digest": "0" * 64}), "not in the blob store"),
-    "none": (lambda _, __, b: b.model_copy(update={"content_digest": ""}), "without an update"),
-    "huge": (lambda _, __, b: b.model_copy(update={"content_size_bytes": 10**9}), "bytes"),
-    "confusion": (lambda _, __, b: b.model_copy(update={"confusion": [[1, 2, 3]]}), "confusion"),
-    "failed": (failed, "out-of-memory"),
+    "missing": (
+        lambda _, __, b: b.model_copy(update={"content_digest": "0" * 64}),
+        "not in the blob store",
+        "update-missing",
+    ),
+    "none": (lambda _, __, b: b.model_copy(update={"content_digest": ""}), "without an update", "update-missing"),
+    "huge": (lambda _, __, b: b.model_copy(update={"content_size_bytes": 10**9}), "bytes", "too-large"),
+    "confusion": (lambda _, __, b: b.model_copy(update={"confusion": [[1, 2, 3]]}), "confusion", "bad-confusion"),
+    # The site itself says that it has nothing to give: dropped, but nothing was refused.
+    "failed": (failed, "out-of-memory", None),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_UPDATES)
 def test_a_bad_update_is_refused_and_named_and_the_round_goes_on(tmp_path: Path, kind: str) -> None:
     world = World(tmp_path)
-    change, words = BAD_UPDATES[kind]
+    change, words, code = BAD_UPDATES[kind]
     world.sites["b"].changes[TRAIN, 2] = change
     assert world.run().state == "completed"
     assert set(world.dropped(2)) == {"b"}
     assert words in world.dropped(2)["b"]
+    assert refused(world, 2) == ([("b", code)] if code else [])
     assert world.dropped(1) == world.dropped(3) == {}
     assert all(np.isfinite(value).all() for value in final_weights(world).values())
 
@@ -206,6 +224,26 @@ def test_bytes_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     world.sites["c"].changes[TRAIN, 1] = garbage
     assert world.run().state == "completed"
     assert "no weights file" in world.dropped(1)["c"]
+    assert refused(world, 1) == [("c", "corrupt-weights")]
+
+
+def test_what_is_refused_without_a_rounds_report_is_told_at_the_end(tmp_path: Path) -> None:
+    def unsigned(_: Hospital, __: TaskBody, body: ContributionBody) -> bytes:
+        return to_bytes(sign(body, SigningKey.generate()))
+
+    judging = World(tmp_path / "judging", {"rounds": 1})
+    judging.sites["b"].changes[EVALUATE, 1] = unsigned
+    end = judging.run()
+    assert end.state == "completed"
+    assert [(item.site, item.code) for item in end.refusals] == [("b", "bad-signature")] * 3
+
+    stopped = World(tmp_path / "stopped", {"rounds": 1})
+    stopped.sites["b"].changes[TRAIN, 1] = unsigned
+    stopped.sites["c"].changes[TRAIN, 1] = silence
+    stopped.desk.on_look = lambda desk: desk.change(stop_requested=stopped.clock.seconds > DEADLINE_S / 2)
+    end = stopped.run()
+    assert end.state == "cancelled"
+    assert [item.site for item in end.refusals] == ["b"] * 3
 
 
 def test_metric_names_that_no_task_reports_are_left_out(tmp_path: Path) -> None:
@@ -395,6 +433,7 @@ def test_initial_weights_that_differ_are_named_and_the_first_site_wins(tmp_path:
     world.sites["b"].initial_seed = 43
     assert world.run().state == "completed"
     assert "initial weights" in world.dropped(0)["b"]
+    assert refused(world, 0) == [("b", "other-initial-weights")]
     assert world.asked(TRAIN, 1) == ["a", "b", "c"]
 
 
@@ -407,6 +446,7 @@ def test_a_table_study_pools_its_statistics_once(tmp_path: Path) -> None:
     end = world.run()
     assert end.statistics == {"age/count": [3.0], "age/sum": [0.1 + 0.2]}
     assert "other columns" in world.dropped(0)["c"]
+    assert refused(world, 0) == [("c", "other-columns")]
     assert world.desk.statistics == end.statistics
     assert all(task.statistics == end.statistics for _, task in world.exchange.sent if task.type == TRAIN)
 

@@ -64,6 +64,7 @@ class Kind(StrEnum):
     CONSENT_GRANTED = "consent.granted"
     CONSENT_DECLINED = "consent.declined"
     CONSENT_WITHDRAWN = "consent.withdrawn"
+    CONTRIBUTION_REFUSED = "contribution.refused"
     ROUND_OPENED = "round.opened"
     ROUND_CLOSED = "round.closed"
     ROUND_FAILED = "round.failed"

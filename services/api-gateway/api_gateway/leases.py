@@ -16,7 +16,7 @@ from api_gateway.work import Work
 from medhive.errors import Conflict, IllegalTransition, InvalidInput
 from medhive.spec import RunSpec
 from medhive.states import FINAL_RUN_STATES, RoundState, RunState
-from medhive.wire import Lease, LeaseRequest, RoundReport, RunAnswer, RunEnd, VersionAnswer, VersionZero
+from medhive.wire import Lease, LeaseRequest, Refusal, RoundReport, RunAnswer, RunEnd, VersionAnswer, VersionZero
 
 MAX_FIGURE = 2**53  # of bytes in a round: what JSON carries exactly
 OPEN_TO_LEASE = (RunState.READY, RunState.RUNNING)
@@ -104,7 +104,8 @@ def report_round(work: Work, number: int, round_number: int, body: RoundReport) 
     report = body.model_dump(mode="json", exclude={"fence"})
     row = work.session.get(Round, (run.id, round_number))
     if row is not None and row.state != RoundState.OPEN:
-        if row.report != report:
+        # Read, not compared as it lies there: an older version may have kept it, without what came later.
+        if RoundReport.model_validate({**row.report, "fence": body.fence}) != body:
             raise Conflict(f"Round {round_number} of RUN_{run.id} is {row.state}; another report of it comes too late.")
         return runs.to_answer(work, run)
     known = row is not None
@@ -125,12 +126,16 @@ def _check_report(work: Work, run: Run, round_number: int, body: RoundReport) ->
         raise InvalidInput(f"RUN_{run.id} has {rounds} rounds, not {round_number}.", round=round_number)
     if not (0 <= body.bytes_down <= MAX_FIGURE and 0 <= body.bytes_up <= MAX_FIGURE):
         raise InvalidInput("The bytes of a round are out of range.")
-    asked = set(work.session.scalars(select(ConsentRow.site).where(ConsentRow.run_id == run.id)))
-    strangers = sorted({site.site for site in body.sites} - asked)
-    if strangers:
-        raise InvalidInput(f"Site {strangers[0][:80]} is not part of RUN_{run.id}.")
+    _require_asked(work, run, {item.site for item in body.sites} | {item.site for item in body.refusals})
     if body.weights_digest:
         blobs.make_global(work, run, body.weights_digest)
+
+
+def _require_asked(work: Work, run: Run, sites: set[str]) -> None:
+    asked = set(work.session.scalars(select(ConsentRow.site).where(ConsentRow.run_id == run.id)))
+    strangers = sorted(sites - asked)
+    if strangers:
+        raise InvalidInput(f"Site {strangers[0][:80]} is not part of RUN_{run.id}.")
 
 
 def _record_round(work: Work, run: Run, round_number: int, body: RoundReport, known: bool) -> None:
@@ -139,6 +144,7 @@ def _record_round(work: Work, run: Run, round_number: int, body: RoundReport, kn
             runs.record(work, run, Kind.ROUND_OPENED, round=round_number)
         run.updated_at = work.now
         return
+    _record_refusals(work, run, round_number, body.refusals)
     for site in body.sites:
         if site.dropped:
             runs.record(work, run, Kind.SITE_DROPPED, site=site.site, round=round_number, reason=site.dropped)
@@ -147,6 +153,14 @@ def _record_round(work: Work, run: Run, round_number: int, body: RoundReport, kn
     facts: dict[str, Any] = {"answered": answered, "addressed": len(body.sites), "seconds": body.seconds}
     shown = {name: body.metrics[name] for name in ("val_accuracy", "val_loss") if name in body.metrics}
     runs.record(work, run, kind, round=round_number, metrics=shown, **facts)
+
+
+def _record_refusals(work: Work, run: Run, round_number: int, refusals: tuple[Refusal, ...]) -> None:
+    """The code alone: a reason's text may repeat what a stranger wrote."""
+    for refusal in refusals:
+        runs.record(
+            work, run, Kind.CONTRIBUTION_REFUSED, site=refusal.site, round=round_number, reason_code=refusal.code
+        )
 
 
 # ---- versions and the end ------------------------------------------------------------------------------------------
@@ -178,7 +192,7 @@ def end(work: Work, number: int, body: RunEnd) -> RunAnswer:
     """End a run; a completed one makes the study's next version. The same end may be reported again.
 
     Raises:
-        InvalidInput: completed without a digest.
+        InvalidInput: completed without a digest, or a site that the run does not have.
         NotFound: the digest is no blob of this run.
         IllegalTransition: the run is over in another way.
     """
@@ -187,6 +201,8 @@ def end(work: Work, number: int, body: RunEnd) -> RunAnswer:
     if run.state in FINAL_RUN_STATES and run.state == state and run.end_report == _end_report(body):
         return runs.to_answer(work, run)
     reason = body.reason or (run.reason if run.stop_requested else "")
+    _require_asked(work, run, {refusal.site for refusal in body.refusals})
+    _record_refusals(work, run, run.round, body.refusals)
     if state is RunState.COMPLETED:
         _release(work, run, body)
     run.end_report = _end_report(body)
@@ -195,7 +211,8 @@ def end(work: Work, number: int, body: RunEnd) -> RunAnswer:
 
 
 def _end_report(body: RunEnd) -> dict[str, object]:
-    return body.model_dump(mode="json", exclude={"fence"})
+    # What was refused is in the log; a report that is made anew after a crash does not know it any more.
+    return body.model_dump(mode="json", exclude={"fence", "refusals"})
 
 
 def _release(work: Work, run: Run, body: RunEnd) -> None:

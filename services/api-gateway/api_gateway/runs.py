@@ -372,8 +372,11 @@ def _round_answer(work: Work, row: Round) -> RoundAnswer:
     answer = RoundAnswer.model_validate({**row.report, "number": row.number})
     if work.caller.sees_all:
         return answer
-    own = tuple(site for site in answer.sites if site.site == work.caller.site)
-    return answer.model_copy(update={"sites": own})
+    own = {
+        "sites": tuple(site for site in answer.sites if site.site == work.caller.site),
+        "refusals": tuple(refusal for refusal in answer.refusals if refusal.site == work.caller.site),
+    }
+    return answer.model_copy(update=own)
 
 
 def last_closed_sites(work: Work, run: Run) -> tuple[SiteRound, ...]:

@@ -273,6 +273,13 @@ class SiteRound(Answer):
     bytes_up: int = 0
 
 
+class Refusal(Answer):
+    """A contribution in a site's name that was refused, and the error's code; the site's own may have counted."""
+
+    site: Name
+    code: str = Field(pattern=r"^[a-z][a-z0-9-]{0,59}$")
+
+
 class RoundAnswer(Answer):
     """One round. Round 0 is the preparation (initial weights, statistics)."""
 
@@ -286,6 +293,7 @@ class RoundAnswer(Answer):
     bytes_up: int = 0
     metrics: dict[str, float] = Field(default_factory=dict)
     sites: tuple[SiteRound, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
     weights_digest: str | None = None
 
 
@@ -371,6 +379,7 @@ class RoundReport(Fenced):
     bytes_up: int = 0
     metrics: dict[str, float] = Field(default_factory=dict)
     sites: tuple[SiteRound, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
     weights_digest: Digest | None = None
 
 
@@ -390,6 +399,8 @@ class RunEnd(Fenced):
     metrics: dict[str, float] = Field(default_factory=dict)
     confusion: list[list[int]] = Field(default_factory=list)
     sites: tuple[SiteRound, ...] = ()
+    # What was refused since the last round's report: in the final evaluation, or in a round that ended without a report.
+    refusals: tuple[Refusal, ...] = ()
     statistics: dict[str, list[float]] = Field(default_factory=dict)
 
 

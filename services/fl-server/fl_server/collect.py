@@ -239,6 +239,8 @@ class _Seat:
 
 
 Accept = Callable[[Member, Contribution], Answer]
+Refuse = Callable[[str, str], None]
+"""Told of a contribution that was refused: in which site's name it came, and the error's code."""
 
 
 class Collector:
@@ -251,6 +253,7 @@ class Collector:
         nodes: each site's registered node, asked where Flower does not know one.
         accept: makes an answer of a verified contribution (fetches and checks its update), on another thread; what it
             raises drops the site, except `NoSpace`, which is the aggregator's own trouble.
+        refuse: hears of every contribution that does not count, whoever it came from.
     """
 
     def __init__(
@@ -262,6 +265,7 @@ class Collector:
         clock: Clock,
         nodes: Callable[[], Mapping[str, int]],
         accept: Accept,
+        refuse: Refuse,
     ) -> None:
         self._exchange = exchange
         self._nodes = nodes
@@ -269,6 +273,7 @@ class Collector:
         self._key = key
         self._clock = clock
         self._accept = accept
+        self._refuse = refuse
 
     def collect(
         self,
@@ -324,6 +329,10 @@ class Collector:
     def accept(self, member: Member, contribution: Contribution) -> Answer:
         """Fetch and check what came with a verified contribution."""
         return self._accept(member, contribution)
+
+    def refuse(self, site: str, code: str) -> None:
+        """A contribution in this site's name does not count."""
+        self._refuse(site, code)
 
 
 class _Call:
@@ -418,25 +427,29 @@ class _Call:
             contribution = from_bytes(Contribution, reply.payload)
             body = check_contribution_envelope(contribution, seat.member.key, seat.task)
         except MedHiveError as error:
-            self._on_fault(seat, str(error))
+            self._on_fault(seat, str(error), error.code)
             return
         self._on_contribution(seat, contribution, body)
 
     def _on_no_answer(self, seat: _Seat, error: ReplyError) -> None:
         if error in (ReplyError.MALFORMED, ReplyError.REFUSED):
-            self._on_fault(seat, f"its node's answer is {error}")
+            self._on_fault(seat, f"its node's answer is {error}", f"answer-{error}")
             return
         self._log.info("site.away", site=seat.member.site, reason=str(error))
         seat.ask_again_at = self._by.clock.monotonic() + ASK_AGAIN_S
 
-    def _on_fault(self, seat: _Seat, reason: str) -> None:
+    def _on_fault(self, seat: _Seat, reason: str, code: str) -> None:
         """What came is not this site's answer. Somebody else may have sent it, so the site is asked again."""
         seat.faults += 1
-        self._log.warning("contribution.refused", site=seat.member.site, reason=reason[:REASON_LENGTH])
+        self._refuse(seat.member.site, reason, code)
         if seat.faults >= MAX_FAULTS:
             self._drop(seat.member.site, f"{seat.faults} answers were refused, the last because: {reason}")
         else:
             seat.ask_again_at = self._by.clock.monotonic() + ASK_AGAIN_S * (seat.faults - 1)
+
+    def _refuse(self, site: str, reason: str, code: str) -> None:
+        self._log.warning("contribution.refused", site=site, code=code, reason=reason[:REASON_LENGTH])
+        self._by.refuse(site, code)
 
     def _on_contribution(self, seat: _Seat, contribution: Contribution, body: ContributionBody) -> None:
         site = seat.member.site
@@ -456,7 +469,10 @@ class _Call:
                 self._log.info("contribution.accepted", site=site)
             except NoSpace:
                 raise
+            except Unreachable as error:
+                self._drop(site, str(error))
             except MedHiveError as error:
+                self._refuse(site, str(error), error.code)
                 self._drop(site, str(error))
 
     # waiting

@@ -8,7 +8,7 @@ from fl_server.cohort import NO_CONSENT
 from fl_server.collect import Answer, Collected
 from fl_server.pooling import Scores, pooled_confusion, pooled_metrics
 from medhive.states import RoundState
-from medhive.wire import RoundReport, RunEnd, SiteRound
+from medhive.wire import Refusal, RoundReport, RunEnd, SiteRound
 
 NOT_ADDRESSED = "not addressed: "
 """Begins the reason of a site that consented but could not be asked, which tells it from one that did not answer."""
@@ -62,6 +62,7 @@ def round_report(
     *,
     base_size_bytes: int = 0,
     digest: str | None = None,
+    refusals: tuple[Refusal, ...] = (),
 ) -> RoundReport:
     """The figures of a round.
 
@@ -73,6 +74,7 @@ def round_report(
         classes: of the study.
         base_size_bytes: what each site that answered had to fetch.
         digest: of the new global weights.
+        refusals: what was refused, whoever it came from.
     """
     answered = [site for site in sites if site.answered]
     slowest = max((site.training_s for site in answered), default=0.0)
@@ -87,6 +89,7 @@ def round_report(
         bytes_up=sum(site.bytes_up for site in answered),
         metrics=pooled_metrics(scores, classes),
         sites=sites,
+        refusals=refusals,
         weights_digest=digest,
     )
 

@@ -49,12 +49,14 @@ from medhive.packing import WeightsFile
 from medhive.signing import SigningKey
 from medhive.states import RoundState, RunState
 from medhive.strategies import AggregateStats, Strategy, StrategyState, Update, make_strategy
-from medhive.wire import RoundReport, RunEnd, SiteRound
+from medhive.wire import Refusal, RoundReport, RunEnd, SiteRound
 
 HEADER_ROOM_BYTES = 1024 * 1024
 """How much longer an update may be than its base: texts in the header differ, numbers do not."""
 REASON_LENGTH = 500
 """What the gateway takes of a reason."""
+NORM_OUTLIER, OTHER_COLUMNS, OTHER_WEIGHTS = "norm-outlier", "other-columns", "other-initial-weights"
+"""Codes of what only the comparison with the other sites shows."""
 STATELESS = frozenset({"fedavg", "fedprox", "fedmedian", "fedtrimmedavg", "krum"})
 """Strategies that need nothing but the last weights to go on, so that another aggregator can."""
 
@@ -111,6 +113,7 @@ class RunLoop:
         self._run = self._watch.run
         self._options = self._run.spec.options
         self._classes = self._run.spec.data.classes
+        self._refusals: list[Refusal] = []
         self._log = log.bind(run_id=self._run.id, study=self._run.study)
 
     def run(self) -> RunEnd:
@@ -204,7 +207,7 @@ class RunLoop:
         question = self._question(TaskType.STATISTICS, 0)
         collected = self._collect(question, members, lambda _, contribution: Answer(contribution))
         pooled, wrong = pooled_statistics({site: item.body.statistics for site, item in collected.answers.items()})
-        collected = drop_from(collected, wrong, run_id=self._run.id, round=0)
+        collected = self._without(collected, wrong, 0, OTHER_COLUMNS)
         self._require_enough("Statistics", collected, left_out)
         return collected, pooled
 
@@ -220,7 +223,7 @@ class RunLoop:
             for site, digest in digests.items()
             if digest != digests[first]
         }
-        collected = drop_from(collected, wrong, run_id=self._run.id, round=0)
+        collected = self._without(collected, wrong, 0, OTHER_WEIGHTS)
         self._require_enough("Initial weights", collected, left_out)
         return collected, digests[first]
 
@@ -280,7 +283,7 @@ class RunLoop:
         # Announced while the sites work already: nobody waits for it.
         collected = self._collect(question, members, accept, kept, lambda: self._announce(opened, members))
         norms = {site: answer.norm for site, answer in collected.answers.items()}
-        return drop_from(collected, _outlier_reasons(norms), run_id=self._run.id, round=number)
+        return self._without(collected, _outlier_reasons(norms), number, NORM_OUTLIER)
 
     def _accept_update(self, contribution: Contribution, base: Path, folder: Path) -> Answer:
         """Fetch an update and look at every number of it; keep the signed contribution beside it for a resumed round."""
@@ -352,6 +355,7 @@ class RunLoop:
             metrics=pooled_metrics(scores, self._classes),
             confusion=confusion_of(scores),
             sites=final_sites(last.report, site_rounds(collected, left_out, self._classes)),
+            refusals=self._take_refusals(),
             statistics=last.statistics,
         )
 
@@ -360,7 +364,8 @@ class RunLoop:
         return Answer(contribution)
 
     def _end(self, state: Any, reason: str) -> RunEnd:
-        return RunEnd(fence=self._desk.fence, state=state, reason=reason[:REASON_LENGTH])
+        refusals = self._take_refusals()
+        return RunEnd(fence=self._desk.fence, state=state, reason=reason[:REASON_LENGTH], refusals=refusals)
 
     # ---- asking and reporting --------------------------------------------------------------------------------------
 
@@ -409,8 +414,23 @@ class RunLoop:
             clock=self._clock,
             nodes=self._desk.nodes,
             accept=accept,
+            refuse=self._refuse,
         )
         return collector.collect(question, members, given or {}, on_asked)
+
+    def _refuse(self, site: str, code: str) -> None:
+        self._refusals.append(Refusal(site=site, code=code))
+
+    def _take_refusals(self) -> tuple[Refusal, ...]:
+        """What was refused since the last report, for the next one."""
+        taken, self._refusals = tuple(self._refusals), []
+        return taken
+
+    def _without(self, collected: Collected, wrong: Mapping[str, str], number: int, code: str) -> Collected:
+        """The same without the answers that do not fit the others', each with its reason."""
+        for site in wrong:
+            self._refuse(site, code)
+        return drop_from(collected, wrong, run_id=self._run.id, round=number)
 
     def _require_enough(
         self, name: str, collected: Collected, left_out: Mapping[str, str], needed: int | None = None
@@ -449,6 +469,7 @@ class RunLoop:
             self._classes,
             base_size_bytes=before.weights.stat().st_size,
             digest=digest,
+            refusals=self._take_refusals(),
         )
 
     def _preparation_report(self, opened: _Opened, asked: Sequence[Collected], digest: str) -> RoundReport:
@@ -456,7 +477,9 @@ class RunLoop:
         dropped = {site: reason for collected in asked for site, reason in collected.dropped.items()}
         answers = {site: item for site, item in asked[-1].answers.items() if site not in dropped}
         sites = site_rounds(Collected(answers, dropped), {}, self._classes)
-        return round_report(RoundState.CLOSED, self._timing(opened), sites, [], self._classes, digest=digest)
+        refusals = self._take_refusals()
+        timing = self._timing(opened)
+        return round_report(RoundState.CLOSED, timing, sites, [], self._classes, digest=digest, refusals=refusals)
 
     def _report(self, number: int, report: RoundReport) -> None:
         self._desk.report_round(number, report.model_copy(update={"fence": self._desk.fence}))

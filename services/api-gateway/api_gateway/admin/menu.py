@@ -28,6 +28,7 @@ ANNOUNCED: Final[Mapping[str, str]] = {
     "site.joined": "hospital joined",
     "consent.declined": "consent declined",
     "consent.withdrawn": "consent withdrawn",
+    "contribution.refused": "contribution refused",
 }
 
 
