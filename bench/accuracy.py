@@ -121,7 +121,7 @@ def log_round(where: str, sites: Sequence[Workspace], weights: Weights, seconds:
 
 def images(chosen: Chosen) -> dict[str, Any]:
     """The federations and the pooled data, per seed, on the same unseen images; each training is a process of its own."""
-    kinds = [*chosen.partition, *([POOLED] if chosen.pooled else [])]
+    kinds = [*chosen.partition[:1], *([POOLED] if chosen.pooled else []), *chosen.partition[1:]]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(chosen.jobs, get_context("spawn")) as pool:
         folders = divided(chosen, Path(folder))
         seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
