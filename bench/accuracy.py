@@ -125,7 +125,7 @@ def images(chosen: Chosen) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(chosen.jobs, get_context("spawn")) as pool:
         folders = divided(chosen, Path(folder))
         seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
-        jobs = {(kind, seed): pool.submit(image_run, chosen, folders, kind, seed) for seed in seeds for kind in kinds}
+        jobs = {(kind, seed): pool.submit(image_run, chosen, folders, kind, seed) for kind in kinds for seed in seeds}
         runs = {kind: [jobs[kind, seed].result() for seed in seeds] for kind in kinds}
     return image_summary(chosen, runs)
 
