@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from round_world import CLASSES, DEADLINE_S, Crash, DictDesk, Hospital, World, replayed
+from round_world import CLASSES, DEADLINE_S, Crash, DictDesk, DictExchange, Hospital, World, replayed
 
-from fl_server.flower import ReplyError
+from fl_server.collect import SILENCE_S
+from fl_server.flower import Reply, ReplyError
 from fl_server.gateway import RunOver
 from medhive.envelope import ContributionBody, TaskBody, TaskType, to_bytes
 from medhive.packing import read_weights, write_weights
@@ -375,6 +376,64 @@ def test_a_node_that_goes_offline_is_asked_again(tmp_path: Path) -> None:
     world.run()
     assert world.dropped(1) == {}
     assert world.asked(TRAIN, 1) == ["a", "b", "c", "b"]
+
+
+def lost_once(hospital: Hospital, _: TaskBody, __: ContributionBody) -> None:
+    """The node was killed between Flower's delivery and its own store."""
+    hospital.changes.clear()
+
+
+@pytest.mark.parametrize(("kind", "number", "based"), [(TRAIN, 2, True), (EVALUATE, 3, True), (INITIALISE, 0, False)])
+def test_a_question_that_a_killed_node_lost_is_asked_again(
+    tmp_path: Path, kind: TaskType, number: int, based: bool
+) -> None:
+    world = World(tmp_path, based=based)
+    world.sites["b"].changes[kind, number] = lost_once
+    # The others' words of the last training are still to be read; they are no answer to an evaluation.
+    world.desk.on_look = lambda desk: desk.act("b", 3, Activity.DONE) if kind == EVALUATE else None
+    world.run()
+    assert world.asked(kind, number) == ["a", "b", "c", "b"]
+    assert all(not world.dropped(each) for each in world.desk.reported)
+    assert SILENCE_S <= world.clock.seconds < SILENCE_S + 10 < DEADLINE_S
+
+
+def test_a_site_that_says_what_it_does_is_asked_once(tmp_path: Path) -> None:
+    world = World(tmp_path, {"rounds": 1})
+    world.sites["c"].changes[TRAIN, 1] = silence
+    world.desk.on_look = lambda desk: desk.act("c", 1, Activity.TRAINING) if world.asked(TRAIN, 1) else None
+    world.run()
+    assert world.clock.seconds > DEADLINE_S
+    assert world.asked(TRAIN, 1) == ["a", "b", "c"]
+
+
+def test_a_node_that_is_away_is_not_asked_again_and_again(tmp_path: Path) -> None:
+    world = World(tmp_path, {"rounds": 1, "deadline_s": 8 * SILENCE_S})
+    world.sites["b"].changes[TRAIN, 1] = world.sites["c"].changes[TRAIN, 1] = silence
+    world.desk.offline.add("b")
+    world.run()
+    assert world.asked(TRAIN, 1).count("b") == 1
+    assert world.asked(TRAIN, 1).count("c") == 4, "after 30, 90 and 210 seconds"
+
+
+def test_the_answer_to_the_first_question_counts_after_the_second(tmp_path: Path) -> None:
+    world = World(tmp_path, {"rounds": 1})
+    delayed: list[Reply] = []
+
+    class Slow(DictExchange):
+        def poll(self) -> list[Reply]:
+            replies = super().poll()
+            if world.asked(TRAIN, 1).count("b") == 1:
+                mine = [reply for reply in replies if reply.node_id == 2]
+                delayed.extend(mine)
+                return [reply for reply in replies if reply not in mine]
+            first, delayed[:] = delayed[:], []
+            return first or replies
+
+    world.exchange = Slow(world.desk.hospitals)
+    world.run()
+    assert world.asked(TRAIN, 1).count("b") == 2
+    assert world.sites["b"].trained == [1]
+    assert world.dropped(1) == {}
 
 
 def test_a_stop_ends_the_run_within_the_round(tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ class DictDesk:
         self.away = 0
         self.hospitals: list[Hospital] = []
         self.revoked: set[str] = set()
+        self.offline: set[str] = set()
         self.on_look: Callable[[DictDesk], None] = lambda _: None
         self.run = RunAnswer(
             id=run_id,
@@ -260,6 +261,9 @@ class DictDesk:
 
     def nodes(self) -> Mapping[str, int]:
         return {item.name: item.node_id for item in self.hospitals if item.name not in self.revoked}
+
+    def online(self) -> frozenset[str]:
+        return frozenset(self.nodes()) - self.offline
 
     def rounds(self) -> list[RoundAnswer]:
         return [

@@ -352,6 +352,7 @@ def nodes(work: Work) -> list[NodeAnswer]:
             node_public_key=site.node_public_key or "",
             wanted=site.state == SiteState.ACTIVE,
             node_id=site.node_id,
+            online=site.node_online,
         )
         for site in work.session.scalars(query)
     ]

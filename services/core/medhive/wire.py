@@ -338,6 +338,7 @@ class NodeAnswer(Answer):
     node_public_key: str
     wanted: bool
     node_id: str | None = None
+    online: bool = False
 
 
 class NodeReport(Frozen):

@@ -4,6 +4,9 @@ Flower vouches neither for the sender of a reply nor for its arrival. So an answ
 very site that was asked, for the very task; whatever else comes is named and refused, and the site is asked again, because
 its own answer may still be on its way. A site that trains is given its time from the moment when its training began, since
 it may have had to wait for another run; a site that shows no sign of life is given the same time from the question.
+
+A node that is killed may lose a question that Flower takes for delivered. So a site that says nothing of it, though its node
+is there, is asked again; being asked twice is harmless, for a site trains once a round and keeps its answer.
 """
 
 import secrets
@@ -47,6 +50,9 @@ MAX_FAULTS = 3
 """Forged, foreign or unreadable answers to one question before the site is dropped; the first may be an attacker's."""
 ASK_AGAIN_S = 2.0
 """Between two tries, so that an offline node is not asked in a busy loop."""
+SILENCE_S = 30.0
+"""A node says within a second or two that it has a task. Doubled each time, so that a site whose word does not come through
+has a handful of messages to answer, not hundreds."""
 DOWNLOADS = 3
 """Updates fetched and checked at once: enough to fill two cores and a line, small enough to stay at a few MiB each."""
 REASON_LENGTH = 300
@@ -225,8 +231,12 @@ class _Seat:
     member: Member
     task: TaskBody
     asked_at: float
-    message_id: str = ""
+    # What the site had said of this round before it was asked: the word of an earlier life is no answer to this question.
+    said_before: datetime | None
+    message_ids: list[str] = field(default_factory=list)
     ask_again_at: float | None = None
+    silent_until: float | None = None
+    silence_s: float = SILENCE_S
     began_at: float | None = None
     waiting: bool = False
     faults: int = 0
@@ -251,6 +261,7 @@ class Collector:
         watch: the run's view, for stops, withdrawals and the start of trainings.
         key: signs every task.
         nodes: each site's registered node, asked where Flower does not know one.
+        online: the sites whose node is connected; asked where one is silent.
         accept: makes an answer of a verified contribution (fetches and checks its update), on another thread; what it
             raises drops the site, except `NoSpace`, which is the aggregator's own trouble.
         refuse: hears of every contribution that does not count, whoever it came from.
@@ -264,11 +275,13 @@ class Collector:
         key: SigningKey,
         clock: Clock,
         nodes: Callable[[], Mapping[str, int]],
+        online: Callable[[], frozenset[str]],
         accept: Accept,
         refuse: Refuse,
     ) -> None:
         self._exchange = exchange
         self._nodes = nodes
+        self._online = online
         self._watch = watch
         self._key = key
         self._clock = clock
@@ -322,6 +335,14 @@ class Collector:
         """Each site's registered node."""
         return self._nodes()
 
+    def online(self) -> frozenset[str]:
+        """The sites whose node is connected; none while that cannot be known."""
+        try:
+            return self._online()
+        except Unreachable as error:
+            log.warning("gateway.away", reason=str(error))
+            return frozenset()
+
     def envelope(self, task: TaskBody) -> bytes:
         """The task, signed."""
         return to_bytes(sign(task, self._key))
@@ -366,6 +387,7 @@ class _Call:
             self._collect_checked()
             self._observe(self._by.watch.refresh())
             self._drop_late()
+            self._remind_silent()
             self._ask_again()
             if self._seats or self._checking:
                 self._by.clock.sleep(POLL_S if self._seats else CHECKED_S)
@@ -376,7 +398,11 @@ class _Call:
     def abandon(self) -> None:
         """Ask no more for what has not come."""
         for seat in self._seats.values():
-            self._by.exchange.forget(seat.message_id)
+            self._forget(seat)
+
+    def _forget(self, seat: _Seat) -> None:
+        for message_id in seat.message_ids:
+            self._by.exchange.forget(message_id)
 
     def _can_succeed(self) -> bool:
         possible = len(self._collected.answers) + len(self._seats) + len(self._checking)
@@ -386,17 +412,22 @@ class _Call:
 
     def _ask_first(self, member: Member) -> None:
         task = self._question.to(member.site, self._by.clock.now())
-        self._seats[member.site] = _Seat(member, task, self._by.clock.monotonic())
-        self._send(self._seats[member.site])
+        said = next((item for item in self._by.watch.run.activity if item.site == member.site), None)
+        seat = _Seat(member, task, self._by.clock.monotonic(), said.updated_at if said else None)
+        self._seats[member.site] = seat
+        self._send(seat)
 
     def _send(self, seat: _Seat) -> None:
         seat.ask_again_at = None
         # The node may take it for as long as its answer could still count.
         ttl_s = (QUEUE_PATIENCE + 1) * self._question.deadline_s
         try:
-            seat.message_id = self._by.exchange.send(seat.member.node_id, self._by.envelope(seat.task), ttl_s)
+            message_id = self._by.exchange.send(seat.member.node_id, self._by.envelope(seat.task), ttl_s)
         except NodeUnknown:
             self._on_unknown_node(seat)
+            return
+        seat.message_ids.append(message_id)
+        seat.silent_until = self._by.clock.monotonic() + seat.silence_s
 
     def _on_unknown_node(self, seat: _Seat) -> None:
         """Flower takes messages for no node that it does not know, nor for one that has never been online."""
@@ -408,6 +439,18 @@ class _Call:
         seat.member = replace(seat.member, node_id=node_id)
         seat.ask_again_at = self._by.clock.monotonic() + ASK_AGAIN_S
 
+    def _remind_silent(self) -> None:
+        """Ask those again who should have said by now that they have the task; the earlier question may be answered too."""
+        now = self._by.clock.monotonic()
+        silent = [seat for seat in self._seats.values() if seat.silent_until is not None and now >= seat.silent_until]
+        online = self._by.online() if silent else frozenset()
+        for seat in silent:
+            seat.silent_until = now + seat.silence_s
+            if seat.member.site in online:
+                self._log.info("site.silent", site=seat.member.site, seconds=seat.silence_s)
+                seat.silence_s *= 2
+                self._send(seat)
+
     def _ask_again(self) -> None:
         now = self._by.clock.monotonic()
         for seat in list(self._seats.values()):
@@ -417,9 +460,10 @@ class _Call:
     # answers
 
     def _on_reply(self, reply: Reply) -> None:
-        seat = next((item for item in self._seats.values() if item.message_id == reply.message_id), None)
+        seat = next((item for item in self._seats.values() if reply.message_id in item.message_ids), None)
         if seat is None:
             return
+        seat.message_ids.remove(reply.message_id)
         if reply.payload is None:
             self._on_no_answer(seat, reply.error or ReplyError.MALFORMED)
             return
@@ -456,7 +500,7 @@ class _Call:
         if body.outcome != "ok":
             self._drop(site, f"{body.outcome} ({body.reason_code or 'no code'}): {body.reason or 'no reason given'}")
             return
-        del self._seats[site]
+        self._forget(self._seats.pop(site))
         self._checking[site] = self._pool.submit(self._by.accept, seat.member, contribution)
 
     def _collect_checked(self) -> None:
@@ -488,6 +532,9 @@ class _Call:
     def _observe_activity(self, seat: _Seat, activity: ActivityAnswer | None) -> None:
         if activity is None:
             return
+        kind = self._question.type
+        if activity.updated_at != seat.said_before and activity.activity in WAITING[kind] | BEGUN[kind]:
+            seat.silent_until = None
         seat.waiting = activity.activity in WAITING[self._question.type]
         if seat.began_at is None and activity.activity in BEGUN[self._question.type]:
             # Counted on this clock, from when it is seen: the hospital's and the gateway's clocks may be off.
@@ -504,8 +551,8 @@ class _Call:
 
     def _drop(self, site: str, reason: str) -> None:
         seat = self._seats.pop(site, None)
-        if seat is not None and seat.message_id:
-            self._by.exchange.forget(seat.message_id)
+        if seat is not None:
+            self._forget(seat)
         self._collected.dropped[site] = reason[:REASON_LENGTH]
         self._log.warning("site.dropped", site=site, reason=reason[:REASON_LENGTH])
 

@@ -77,6 +77,9 @@ class Desk(Protocol):
     def nodes(self) -> Mapping[str, int]:
         """Each site's registered node."""
 
+    def online(self) -> frozenset[str]:
+        """The sites whose node the SuperLink heard of lately. Raises `Unreachable`."""
+
     def rounds(self) -> list[RoundAnswer]:
         """The rounds reported so far."""
 
@@ -135,9 +138,14 @@ class GatewayDesk:
             return self._patiently(lambda: self._client.request(method, f"{self._server}/{what}", body=body))
 
     def nodes(self) -> Mapping[str, int]:
-        rows = self._patiently(lambda: self._client.get(f"{API}/server/nodes"))
-        answers = [NodeAnswer.model_validate(row) for row in rows]
+        answers = self._patiently(self._nodes)
         return {node.site: int(node.node_id) for node in answers if node.wanted and node.node_id is not None}
+
+    def online(self) -> frozenset[str]:
+        return frozenset(node.site for node in self._nodes() if node.wanted and node.online)
+
+    def _nodes(self) -> list[NodeAnswer]:
+        return [NodeAnswer.model_validate(row) for row in self._client.get(f"{API}/server/nodes")]
 
     def rounds(self) -> list[RoundAnswer]:
         rows = self._patiently(lambda: self._client.get(f"{self._run}/rounds"))

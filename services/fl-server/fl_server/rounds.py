@@ -413,6 +413,7 @@ class RunLoop:
             key=self._key,
             clock=self._clock,
             nodes=self._desk.nodes,
+            online=self._desk.online,
             accept=accept,
             refuse=self._refuse,
         )
