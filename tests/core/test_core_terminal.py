@@ -3,8 +3,10 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import click
@@ -159,9 +161,33 @@ def test_no_color_is_respected(tmp_path: Path) -> None:
     assert "\x1b[1m" in coloured
 
 
-def _on_a_terminal(command: list[str], extra: dict[str, str]) -> str:
+WIDE = """
+from medhive.terminal import Terminal
+rows = [["RUN_1", "hospital-a, hospital-b, hospital-c", "", 1], ["RUN_2", "hospital-a", "", 22]]
+Terminal().table(["run", "answered", "dropped", "count>"], rows)
+"""
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        # As it is; without the empty column and folded; as names and values.
+        (80, ["run answered dropped count", "RUN_1 hospital-a, hospital-b, hospital-c 1"]),
+        (40, ["run answered count", "RUN_1 hospital-a, hospital-b, 1", "hospital-c"]),
+        (20, ["run RUN_1", "answered hospital-a, hospital-b, hospital-c", "count 1"]),
+    ],
+)
+def test_a_narrow_terminal_loses_no_letter(width: int, lines: list[str]) -> None:
+    text = _on_a_terminal([sys.executable, "-c", WIDE], {"NO_COLOR": "1"}, width)
+    shown = [" ".join(line.split()) for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    assert [line for line in lines if line not in shown] == []
+
+
+def _on_a_terminal(command: list[str], extra: dict[str, str], width: int = 80) -> str:
     leader, follower = pty.openpty()
-    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CI")}
+    termios.tcsetwinsize(follower, (40, width))
+    unwanted = ("NO_COLOR", "CI", "COLUMNS")
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     subprocess.run(command, stdout=follower, env={**environment, "TERM": "xterm", **extra}, check=True, timeout=30)
     os.close(follower)
     text = b""
@@ -178,12 +204,13 @@ def test_a_menu_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch, capsys: 
     def conflict() -> None:
         raise Conflict("Not now.")
 
-    answers = iter(["1", "7", "2", "0"])
+    answers = iter(["1", "7", "", "2", "0"])
     monkeypatch.setattr(click.termui, "visible_prompt_func", lambda _text: next(answers))
     done: list[str] = []
     run_menu(Terminal(), lambda: "the head", (Item("Fail", conflict), Item("Work", lambda: done.append("worked"))))
     out, err = capsys.readouterr()
-    assert out.count("the head") == 4
+    assert out.count("the head") == 5
+    assert out.count("  1  Fail") == 2, "at first, and when it was asked for"
     assert "error: Not now." in err
     assert "7 is no line of this menu." in err
     assert done == ["worked"]

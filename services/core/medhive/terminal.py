@@ -30,6 +30,9 @@ WRONG_USE: Final = 2
 INTERRUPTED: Final = 130  # the shell's convention for a program ended by Ctrl-C
 # A pipe has no width; a table in a file must not be folded, and no table of ours is wider.
 PIPE_WIDTH: Final = 240
+# A row of a narrow table that is folded into more lines is easier to read as names and values.
+MOST_FOLDS: Final = 4
+UNLIMITED_WIDTH: Final = 100_000
 MAX_SECRET_BYTES: Final = 64 * 1024  # a password, token or policy file is never larger
 GUIDE: Final = "docs/troubleshooting.md"
 # Errors whose cause is seldom in the command itself, with the section that says where to look.
@@ -171,26 +174,18 @@ class Terminal:
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str = "nothing") -> None:
         """Print a table, or `empty` when it has no row. A column whose name ends in '>' is aligned to the right.
 
-        Where the terminal is too narrow for it, each row is printed as names and values under each other.
+        Where the terminal is too narrow for it, empty columns are left out and long texts folded; where that does not do,
+        each row is printed as names and values under each other.
         """
         texts = [[printable("" if cell is None else cell) for cell in row] for row in rows]
         if not texts:
             self.line(empty)
             return
-        from rich import box  # noqa: PLC0415  a tenth of a second that --help need not pay
-        from rich.table import Table  # noqa: PLC0415
-        from rich.text import Text  # noqa: PLC0415
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-        for name in columns:
-            right = name.endswith(">")
-            table.add_column(name.removesuffix(">"), justify="right" if right else "left", no_wrap=True)
-        for row in texts:
-            table.add_row(*(Text(cell) for cell in row))
-        console = _console(sys.stdout)
-        if console.measure(table).maximum <= console.width or len(columns) == 1:
-            console.print(table)
-            return
+        for compact in (False, True):
+            text = _drawn(columns, texts, compact)
+            if text is not None:
+                click.echo(text)
+                return
         for number, row in enumerate(texts):
             if number:
                 self.line()
@@ -254,6 +249,39 @@ class Terminal:
         with progress.Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
             task = bar.add_task(printable(what), total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+def _drawn(columns: Sequence[str], rows: Sequence[Sequence[str]], compact: bool) -> str | None:
+    """A table as text, or None where it does not fit the terminal.
+
+    Args:
+        columns: names, with '>' behind those aligned to the right.
+        rows: cells without control characters.
+        compact: leave out columns without any value, and fold what is aligned to the left.
+    """
+    from rich import box  # noqa: PLC0415  a tenth of a second that --help need not pay
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    kept = [place for place in range(len(columns)) if not compact or any(row[place] for row in rows)]
+    padding = (0, 0, 0, 1) if compact else (0, 1)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", padding=padding)
+    for name in (columns[place] for place in kept):
+        right = name.endswith(">")
+        table.add_column(
+            name.removesuffix(">"), justify="right" if right else "left", no_wrap=right or not compact, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(Text(row[place]) for place in kept))
+    console = _console(sys.stdout)
+    # Measured without the terminal's own limit, to which every measure would be cut.
+    width = console.measure(table, options=console.options.update(width=UNLIMITED_WIDTH))
+    if (width.minimum if compact else width.maximum) > console.width and len(kept) > 1:
+        return None
+    with console.capture() as captured:
+        console.print(table)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return None if compact and len(lines) > MOST_FOLDS * (len(rows) + 1) else "\n".join(lines)
 
 
 def _console(file: IO[str]) -> "Console":

@@ -3,8 +3,9 @@
 Every function prints through a `Terminal`; none asks the gateway for anything.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from typing import Final
 
 from medhive.states import ConsentState, RunState
 from medhive.terminal import Terminal, duration, moment, share, size
@@ -17,6 +18,9 @@ from medhive.wire import (
     StudyAnswer,
     VersionAnswer,
 )
+
+# A hospital evaluates the weights that it is sent, before it trains them.
+BEFORE_A_ROUND: Final = ("val_accuracy", "val_loss", "val_macro_f1")
 
 
 def requests_table(terminal: Terminal, requests: Sequence[RequestAnswer]) -> None:
@@ -156,7 +160,7 @@ def run_details(terminal: Terminal, run: RunAnswer, rounds: Sequence[RoundAnswer
         terminal.table(["site", "does", "round>", "epoch>", "loss>", "accuracy>"], activity_rows)
     if rounds:
         terminal.line()
-        rounds_table(terminal, rounds)
+        rounds_table(terminal, rounds, run.metrics)
     if run.sites:
         terminal.line()
         site_rows = [
@@ -166,8 +170,14 @@ def run_details(terminal: Terminal, run: RunAnswer, rounds: Sequence[RoundAnswer
         terminal.table(["final weights at", "examples>", "accuracy>", "loss>"], site_rows)
 
 
-def rounds_table(terminal: Terminal, rounds: Sequence[RoundAnswer]) -> None:
-    """Rounds, one a line, with who answered and who was dropped and why."""
+def rounds_table(terminal: Terminal, rounds: Sequence[RoundAnswer], final: Mapping[str, float]) -> None:
+    """Rounds, one a line, with how good the model was after each, who answered, and who was dropped and why.
+
+    Args:
+        rounds: in their order. The metrics of a round are of the weights that it began with.
+        final: metrics of the weights after the last round; empty while the run goes on.
+    """
+    after = [*(item.metrics for item in rounds[1:]), final]
     terminal.table(
         ["round>", "state", "took>", "overhead>", "accuracy>", "loss>", "down>", "up>", "answered", "dropped"],
         [
@@ -176,28 +186,31 @@ def rounds_table(terminal: Terminal, rounds: Sequence[RoundAnswer]) -> None:
                 item.state,
                 duration(item.seconds),
                 duration(item.overhead_s),
-                share(item.metrics.get("val_accuracy")),
-                share(item.metrics.get("val_loss")),
+                share(metrics.get("val_accuracy")),
+                share(metrics.get("val_loss")),
                 size(item.bytes_down),
                 size(item.bytes_up),
                 ", ".join(site.site for site in item.sites if site.answered and not site.dropped),
                 "; ".join(f"{site.site}: {site.dropped}" for site in item.sites if site.dropped),
             ]
-            for item in rounds
+            for item, metrics in zip(rounds, after, strict=False)
         ],
         empty="no rounds yet",
     )
 
 
 def round_line(item: RoundAnswer, rounds: int) -> str:
-    """One closed round in one line: who answered, the metrics, the time."""
+    """One closed round in one line: who answered, how good the weights were that it began with, training, the time."""
     counted = [site.site for site in item.sites if site.answered and not site.dropped]
     parts = [f"{len(counted)} of {len(item.sites)} sites answered ({', '.join(counted)})"]
-    for name in ("val_accuracy", "val_loss", "val_macro_f1", "train_loss"):
-        if name in item.metrics:
-            parts.append(f"{name} {item.metrics[name]:.4f}")
+    before = [f"{name} {item.metrics[name]:.4f}" for name in BEFORE_A_ROUND if name in item.metrics]
+    if before:
+        parts.append(f"{', '.join(before)} before it")
+    if "train_loss" in item.metrics:
+        parts.append(f"train_loss {item.metrics['train_loss']:.4f}")
     parts.append(duration(item.seconds))
     parts += [f"dropped {site.site}: {site.dropped}" for site in item.sites if site.dropped]
+    parts += [f"refused in the name of {refusal.site}: {refusal.code}" for refusal in item.refusals]
     return f"round {item.number}/{rounds}: {', '.join(parts)}"
 
 
