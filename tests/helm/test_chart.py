@@ -16,6 +16,7 @@ from helm_chart import (
     Document,
     containers_of,
     documents,
+    documents_of,
     environment_of,
     every_container,
     main_of,
@@ -31,6 +32,7 @@ from helm_chart import (
 
 # The oldest that Chart.yaml takes, and the newest whose schemas are at hand.
 KUBERNETES: Final = ("1.27", kubernetes_validate.latest_version())
+HOSPITAL: Final[dict[str, Any]] = {"enabled": True, "serverAddresses": ["https://a"], "clientId": "a"}
 UNKNOWN_KINDS: Final = ("Certificate",)  # cert-manager's, whose schema is not Kubernetes'
 
 # ---- what Kubernetes and Helm say ----------------------------------------------------------------------------------
@@ -48,6 +50,35 @@ def test_every_object_is_one_that_kubernetes_knows(case: str, version: str) -> N
 def test_the_check_would_see_a_field_that_is_none() -> None:
     document = {**documents("coordinator")[0], "sepc": {}}
     with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(document, KUBERNETES[-1], strict=True)
+
+
+@pytest.mark.parametrize("name", ["1234", "true", "0x1f", "1e3", "null"])
+def test_names_that_look_like_something_else_stay_names(name: str) -> None:
+    keys = {"gatewayKey": name, "mlflowKey": name, "namespace": name, "podLabels": {"app": name}}
+    values = {
+        "image": {"tag": name, "pullSecrets": [name]},
+        "coordinator": {
+            "name": name,
+            "publicAddress": f"{name}:8443",
+            "tls": {"existingSecret": name},
+            "database": {"existingSecret": name, **keys},
+            "admin": {"existingSecret": name, "key": name},
+            "storage": {"storageClass": name, "gateway": {"size": "1234"}},
+            "ingress": {"enabled": name != "1234", "className": name, "annotations": {"a": name}},
+            "nodeSelector": {"a": name},
+        },
+        "site": {
+            **HOSPITAL,
+            "clientId": name,
+            "joinToken": {"existingSecret": name, "key": name},
+            "data": {"existingClaim": name, "subPath": name},
+            "extraCa": {"existingConfigMap": name, "key": name},
+            "httpsProxy": {"existingSecret": name, "key": name},
+            "gpu": {"enabled": True, "runtimeClassName": name},
+        },
+    }
+    for document in documents_of(render(values)):
         kubernetes_validate.validate(document, KUBERNETES[-1], strict=True)
 
 
@@ -289,8 +320,6 @@ def test_only_the_proxy_is_published() -> None:
 
 
 # ---- wrong values --------------------------------------------------------------------------------------------------
-
-HOSPITAL: Final[dict[str, Any]] = {"enabled": True, "serverAddresses": ["https://a"], "clientId": "a"}
 
 
 def site(**settings: Any) -> dict[str, Any]:

@@ -169,7 +169,7 @@ spec:
   {{- end }}
   resources:
     requests:
-      storage: {{ .size }}
+      storage: {{ .size | quote }}
 {{- end -}}
 
 {{/* The name service, to which a pod may speak. */}}
