@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fl_client.settings import Settings
-from fl_client.store import InboxItem, KnownRun, Reply, Store, StudySettings
+from fl_client.store import MIGRATIONS, InboxItem, KnownRun, Reply, Store, StudySettings
 from medhive.errors import Conflict
 
 
@@ -40,6 +40,21 @@ def test_opening_again_keeps_everything(store: Store) -> None:
     assert again.study("lungs") == StudySettings("lungs")
     again.set_fact("colour", None)
     assert store.fact("colour") is None
+
+
+def test_a_database_of_the_first_release_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "site.db"
+    with sqlite3.connect(path) as db:
+        db.executescript(MIGRATIONS[0])
+        db.executescript("CREATE TABLE schema (version INTEGER NOT NULL); INSERT INTO schema VALUES (1)")
+        db.execute("INSERT INTO facts VALUES ('colour', '\"green\"')")
+    db.close()
+    store = Store(path)
+    assert store.fact("colour") == "green"
+    assert store.versions() == []
+    with sqlite3.connect(path) as db:
+        assert "asked" in {row[1] for row in db.execute("PRAGMA table_info(versions)")}
+    db.close()
 
 
 def test_an_answer_is_kept_once(store: Store) -> None:

@@ -146,6 +146,98 @@ def test_a_version_offered_again_wants_a_new_decision(world: World, site: Site, 
     assert second in {item.version for item in updates.list_updates(site)}
 
 
+def export(world: World, site: Site, study: str, version: int) -> None:
+    world.admin.post(f"{API}/studies/{study}/versions/{version}/export", {"site": site.name})
+
+
+def waiting(site: Site) -> list[int]:
+    return [item.version for item in updates.undecided(site)]
+
+
+def own_state(world: World, site: Site, study: str, version: int) -> str:
+    [own] = [item for item in answer(world, study, version).decisions if item.site == site.name]
+    return str(own.state)
+
+
+def test_a_version_exported_to_one_site_is_decided_there(world: World, site: Site, study: str) -> None:
+    first, second = release(world, site, study, 0.5), release(world, site, study, 0.6)
+    late = world.join(f"late-{study}", study)
+    updates.sync_versions(late, study)
+    assert waiting(late) == [second]
+    export(world, late, study, first)
+    [arrival] = updates.sync_versions(late, study)
+    assert (arrival.version.version, arrival.version.offered, arrival.candidate) == (first, "released", True)
+    assert updates.sync_versions(late, study) == []
+    assert waiting(late) == [second, first]
+    assert updates.accept(late, study, first, person="Dr. Late").delivered
+    assert waiting(late) == [second]
+    assert own_state(world, late, study, first) == "accepted"
+
+
+def test_an_export_of_an_overtaken_candidate_asks_about_it_again(world: World, site: Site, study: str) -> None:
+    first = release(world, site, study, 0.5)
+    updates.sync_versions(site, study)
+    second = release(world, site, study, 0.6)
+    updates.sync_versions(site, study)
+    assert waiting(site) == [second]
+    export(world, site, study, first)
+    arrival = updates.note_export(site, study, first)
+    assert arrival is not None
+    assert arrival.candidate
+    assert waiting(site) == [second, first]
+    updates.reject(site, study, first, person="Dr. North", reason="worse")
+    assert waiting(site) == [second]
+    updates.accept(site, study, second, person="Dr. North")
+    assert updates.note_export(site, study, second) is None, "it is in use"
+    assert updates.note_export(site, study, 99) is None, "it does not lie here"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_roll_back_asks_those_who_have_left_the_version(world: World, site: Site, study: str, wanted: bool) -> None:
+    first = release(world, site, study, 0.5)
+    updates.sync_versions(site, study)
+    updates.accept(site, study, first, person="Dr. North")
+    second = release(world, site, study, 0.6)
+    updates.sync_versions(site, study)
+    updates.accept(site, study, second, person="Dr. North")
+    world.admin.post(f"{API}/studies/{study}/versions/{first}/offer", {"reason": "the newer one was a mistake"})
+    [arrival] = updates.sync_versions(site, study)
+    assert (arrival.version.version, arrival.version.offered, arrival.candidate) == (first, "candidate", True)
+    assert updates.sync_versions(site, study) == []
+    assert waiting(site) == [first]
+    assert site.store.champion(study) == second
+    if wanted:
+        updates.accept(site, study, first, person="Dr. North")
+    else:
+        updates.reject(site, study, first, person="Dr. North", reason="no")
+    assert site.store.champion(study) == (first if wanted else second)
+    assert own_state(world, site, study, first) == ("accepted" if wanted else "rejected")
+    assert updates.sync_versions(site, study) == []
+    assert waiting(site) == []
+
+
+def test_a_roll_back_to_what_was_never_decided_is_told_again(world: World, site: Site, study: str) -> None:
+    first = release(world, site, study, 0.5)
+    updates.sync_versions(site, study)
+    release(world, site, study, 0.6)
+    updates.sync_versions(site, study)
+    world.admin.post(f"{API}/studies/{study}/versions/{first}/offer", {"reason": "the newer one was a mistake"})
+    assert [item.version.version for item in updates.sync_versions(site, study)] == [first]
+    assert waiting(site) == [first]
+
+
+def test_a_roll_back_to_the_version_in_use_asks_nothing(world: World, site: Site, study: str) -> None:
+    first = release(world, site, study, 0.5)
+    updates.sync_versions(site, study)
+    updates.accept(site, study, first, person="Dr. North")
+    second = release(world, site, study, 0.6)
+    updates.sync_versions(site, study)
+    world.admin.post(f"{API}/studies/{study}/versions/{first}/offer", {"reason": "the newer one was a mistake"})
+    assert updates.sync_versions(site, study) == []
+    assert waiting(site) == []
+    assert second in {item.version for item in updates.list_updates(site)}
+
+
 def test_what_the_coordinator_did_not_sign_is_not_fetched(world: World, site: Site, study: str) -> None:
     version = release(world, site, study, 0.5)
     genuine = answer(world, study, version)

@@ -68,6 +68,7 @@ MIGRATIONS: tuple[str, ...] = (
         created_at TEXT NOT NULL, refused TEXT
     );
     """,
+    "ALTER TABLE versions ADD COLUMN asked INTEGER NOT NULL DEFAULT 0",
 )
 
 ConsentRecord = Literal["sending", "granted", "declined", "withdrawn"]
@@ -132,7 +133,7 @@ class KnownRun:
 
 @dataclass(frozen=True)
 class KnownVersion:
-    """A model version that lies in the models folder."""
+    """A model version that lies in the models folder; `asked` once the coordinator has asked this site alone about it."""
 
     study: str
     version: int
@@ -147,6 +148,7 @@ class KnownVersion:
     decided_at: datetime | None
     evaluation: dict[str, Any] | None
     received_at: datetime
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -424,15 +426,17 @@ class Store:
             offered,
         )
         query = (
-            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, 'pending', '', '', NULL, NULL, ?) "
+            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, 'pending', '', '', NULL, NULL, ?, 0) "
             "ON CONFLICT (study, version) DO UPDATE SET offered=excluded.offered, file=excluded.file"
         )
         with self._transaction() as db:
             db.execute(query, (*values, _now()))
 
     def reopen_decision(self, study: str, version: int) -> None:
-        """The coordinator offers a version again: a new decision is wanted."""
-        query = "UPDATE versions SET decision='pending', reason='', decided_at=NULL WHERE study=? AND version=?"
+        """The coordinator asks this site about a version, or asks again: a new decision is wanted."""
+        query = (
+            "UPDATE versions SET decision='pending', reason='', decided_at=NULL, asked=1 WHERE study=? AND version=?"
+        )
         with self._transaction() as db:
             db.execute(query, (study, version))
 
@@ -608,6 +612,7 @@ def _version_of(row: sqlite3.Row, root: Path) -> KnownVersion:
         decided_at=_time(row["decided_at"]) if row["decided_at"] else None,
         evaluation=json.loads(row["evaluation"]) if row["evaluation"] else None,
         received_at=_time(row["received_at"]),
+        asked=bool(row["asked"]),
     )
 
 

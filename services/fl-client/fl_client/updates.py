@@ -41,7 +41,7 @@ class VersionGone(NotFound):
 
 @dataclass(frozen=True)
 class Update:
-    """One line of `updates`: `state` is the coordinator's word, `decision` this hospital's."""
+    """One line of `updates`: `state` is the coordinator's word, `decision` this hospital's, which `waits` to be made."""
 
     study: str
     version: int
@@ -54,6 +54,7 @@ class Update:
     decision: str
     in_use: bool
     reason: str
+    waits: bool
 
 
 @dataclass(frozen=True)
@@ -76,25 +77,57 @@ class Decided:
 
 
 def sync_versions(site: Site, study: str, on_progress: Progress | None = None) -> list[Arrival]:
-    """Fetch what the coordinator offers to this site and does not lie here yet.
+    """Fetch what the coordinator offers to this site and does not lie here yet; note what it asks about (again).
+
+    Returns:
+        What came, and what lies here and waits for a decision from now on.
 
     Raises:
         BadSignature, DigestMismatch: a version is not what the coordinator signed.
         Unreachable: the coordinator does not answer.
     """
-    arrivals = []
-    for answer in sorted(site.gateway.versions(study), key=lambda item: item.version):
-        known = site.store.version(study, answer.version)
-        offered = _is_offered(site, answer)
-        if (known is None or not known.file.exists()) and offered and answer.bytes_kept:
-            fetched = fetch_version(site, answer, on_progress)
-            arrivals.append(Arrival(fetched, fetched.decision == DecisionState.PENDING and _waits(site, answer)))
-        elif known is not None and _is_offered_again(site, known, answer):
-            site.store.reopen_decision(study, answer.version)
-            arrivals.append(Arrival(_known(site, study, answer.version), True))
-        if known is not None and known.offered != answer.state.value:
-            site.store.keep_version(known.file, answer.manifest, answer.state.value)
-    return arrivals
+    answers = sorted(site.gateway.versions(study), key=lambda item: item.version)
+    arrivals = (_sync_version(site, answer, on_progress) for answer in answers)
+    return [arrival for arrival in arrivals if arrival is not None]
+
+
+def _sync_version(site: Site, answer: VersionAnswer, on_progress: Progress | None) -> Arrival | None:
+    known = site.store.version(answer.study, answer.version)
+    if known is None or not known.file.exists():
+        offered = answer.state is VersionState.CANDIDATE or _waits(site, answer)
+        if offered and answer.bytes_kept:
+            return _arrived(site, fetch_version(site, answer, on_progress), answer)
+    if known is None:
+        return None
+    wanted = _is_offered_again(site, known, answer)
+    if known.offered != answer.state.value:
+        site.store.keep_version(known.file, answer.manifest, answer.state.value)
+    return _ask(site, known) if wanted else None
+
+
+def _arrived(site: Site, fetched: KnownVersion, answer: VersionAnswer) -> Arrival:
+    if fetched.decision != DecisionState.PENDING or not _waits(site, answer):
+        return Arrival(fetched, False)
+    # Not the candidate, and asked about all the same: the coordinator exported it to this site.
+    return _ask(site, fetched) if answer.state is not VersionState.CANDIDATE else Arrival(fetched, True)
+
+
+def note_export(site: Site, study: str, version: int) -> Arrival | None:
+    """The coordinator has exported a version to this site: it wants a decision, unless it is in use or asked for already.
+
+    `sync_versions` sees this by itself, but for a version whose decision was open, or made and left again: in the
+    coordinator's books nothing about it changes then.
+    """
+    known = site.store.version(study, version)
+    if known is None or site.store.champion(study) == version:
+        return None
+    waits_already = known.asked and known.decision == DecisionState.PENDING
+    return None if waits_already else _ask(site, known)
+
+
+def _ask(site: Site, known: KnownVersion) -> Arrival:
+    site.store.reopen_decision(known.study, known.version)
+    return Arrival(_known(site, known.study, known.version), True)
 
 
 def fetch_version(site: Site, answer: VersionAnswer, on_progress: Progress | None = None) -> KnownVersion:
@@ -163,15 +196,19 @@ def _waits(site: Site, answer: VersionAnswer) -> bool:
     return DecisionState.PENDING in own or (not own and answer.state is VersionState.CANDIDATE)
 
 
-def _is_offered(site: Site, answer: VersionAnswer) -> bool:
-    return answer.state is VersionState.CANDIDATE or _waits(site, answer)
-
-
 def _is_offered_again(site: Site, known: KnownVersion, answer: VersionAnswer) -> bool:
-    if known.decision == DecisionState.PENDING or not _waits(site, answer):
-        return False
+    """Whether the coordinator wants a new decision on what lies here: it waits for one, or it has rolled back to it.
+
+    A version that was accepted and left again stays accepted in the coordinator's books, which then wait for nothing;
+    the roll-back to it is a question all the same.
+    """
     path = f"/studies/{known.study}/versions/{known.version}/decisions"
-    return not any(item.kind == DECISION and item.path == path for item in site.store.outbox())
+    if any(item.kind == DECISION and item.path == path for item in site.store.outbox()):
+        return False
+    became_candidate = answer.state is VersionState.CANDIDATE and known.offered != VersionState.CANDIDATE
+    if became_candidate and site.store.champion(known.study) != known.version:
+        return True
+    return known.decision != DecisionState.PENDING and _waits(site, answer)
 
 
 def _known(site: Site, study: str, version: int) -> KnownVersion:
@@ -204,9 +241,18 @@ def list_updates(site: Site, study: str | None = None) -> list[Update]:
             decision=item.decision,
             in_use=champions[item.study] == item.version,
             reason=item.reason,
+            waits=_is_undecided(item),
         )
         for item in site.store.versions(study)
     ]
+
+
+def _is_undecided(known: KnownVersion) -> bool:
+    """The candidate, or what the coordinator has asked this site about; a candidate that was overtaken waits for nobody."""
+    open_to_decision = known.offered == VersionState.CANDIDATE or (
+        known.asked and known.offered != VersionState.RETIRED
+    )
+    return known.decision == DecisionState.PENDING and open_to_decision
 
 
 def history(site: Site, study: str) -> list[ChampionEntry]:
@@ -215,12 +261,8 @@ def history(site: Site, study: str) -> list[ChampionEntry]:
 
 
 def undecided(site: Site) -> list[Update]:
-    """Candidates that wait for a decision."""
-    return [
-        update
-        for update in list_updates(site)
-        if update.decision == DecisionState.PENDING and update.state == VersionState.CANDIDATE
-    ]
+    """Versions that wait for a decision, newest first."""
+    return [update for update in list_updates(site) if update.waits]
 
 
 def only_study(site: Site, study: str | None) -> str:
