@@ -1,6 +1,8 @@
 """Consent at the hospital: by a person, by an own request, by a signed policy; and what never follows by itself."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -9,7 +11,7 @@ from site_world import World, later, wait_for
 
 from fl_client import consents, policy, requests
 from fl_client.consents import DataCheck, Permission
-from fl_client.site import Site
+from fl_client.site import Site, one_at_a_time
 from fl_client.trainer import Trainer
 from medhive.errors import BadSignature, Conflict, Expired, InvalidInput, MedHiveError, NotAllowed, NotFound
 from medhive.wire import API, RunAnswer
@@ -125,6 +127,58 @@ def test_an_answer_that_arrived_without_its_receipt_is_not_sent_for_ever(site: S
     [(_item, refused)] = consents.deliver(site)
     assert refused is None
     assert site.store.outbox() == []
+
+
+def test_an_answer_is_sent_once_whoever_sends_it(site: Site, run: RunAnswer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node's watch empties the outbox while a person consents."""
+    sent: list[str] = []
+    post, watching = site.gateway.post, threading.Event()
+
+    def slowly(path: str, body: object) -> object:
+        sent.append(path)
+        watching.set()
+        # The watch has its chance while the answer is under way: it must wait for the lock, not send the same again.
+        contender.join(0.5)
+        return post(path, body)
+
+    def deliver_meanwhile() -> None:
+        watching.wait(10)
+        consents.deliver(site)
+
+    contender = threading.Thread(target=deliver_meanwhile)
+    monkeypatch.setattr(site.gateway, "post", slowly)
+    contender.start()
+    consents.grant(site, run, person="Dr. North", check=CHECK)
+    contender.join(10)
+    assert sent == [f"/runs/{run.id}/consents"]
+    assert site.store.outbox() == []
+
+
+def test_two_answers_at_the_same_moment_have_one_winner(site: Site, run: RunAnswer) -> None:
+    def answer(number: int) -> bool:
+        try:
+            consents.grant(site, run, person=f"Dr. {number}", check=CHECK)
+        except Conflict:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(answer, range(4))) == 1
+    given = site.store.consent(run.id)
+    assert given is not None
+    assert given.state == "granted"
+
+
+def test_an_answer_waits_in_an_outbox_that_another_process_does_not_give_back(
+    site: Site, run: RunAnswer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consents, "OUTBOX_PATIENCE_S", 0.1)
+    with one_at_a_time(site.settings.state_dir / "outbox.lock", 1.0) as held:
+        assert held
+        assert not consents.grant(site, run, person="Dr. North", check=CHECK).delivered
+        assert consents.deliver(site) == []
+    [(item, refused)] = consents.deliver(site)
+    assert (item.kind, refused) == ("consent", None)
 
 
 def test_an_answer_that_the_coordinator_refuses_is_not_kept(world: World, site: Site, run: RunAnswer) -> None:

@@ -6,13 +6,15 @@ at this hospital from the moment that it is written down, whether or not the coo
 """
 
 import secrets
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from fl_client.jobs import Job, JobKind
 from fl_client.policy import load_policy, objection
-from fl_client.site import Site
-from fl_client.store import GivenConsent, OutboxItem
+from fl_client.site import Site, one_at_a_time
+from fl_client.store import ConsentRecord, GivenConsent, OutboxItem
 from fl_client.trainer import Listener, Trainer
 from medhive.consent import MAX_VALIDITY, Consent, ConsentBody, check_consent
 from medhive.errors import Conflict, InvalidInput, MedHiveError, NotAllowed, NotFound, Unreachable
@@ -24,6 +26,9 @@ from medhive.wire import Decision, RunAnswer
 # Long enough for the longest usual run, short enough that a forgotten consent ends by itself.
 DEFAULT_VALIDITY = timedelta(days=30)
 CONSENT, DECISION = "consent", "decision"
+# How long a person waits for the node's delivery to end. Longer than an exchange with a gateway that does not answer: who
+# holds the outbox for longer hangs, and delivers what is in it later or leaves it to the next look.
+OUTBOX_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -183,10 +188,18 @@ def deliver(site: Site) -> list[tuple[OutboxItem, MedHiveError | None]]:
     Raises:
         Unreachable: the coordinator does not answer; everything is kept.
     """
-    done: list[tuple[OutboxItem, MedHiveError | None]] = []
-    for item in site.store.outbox():
-        done.append((item, _deliver_one(site, item)))
-    return done
+    with _outbox(site, 0.0) as held:
+        # Whoever holds it is delivering.
+        return _deliver_all(site) if held else []
+
+
+def _outbox(site: Site, patience_s: float) -> AbstractContextManager[bool]:
+    """Keep the outbox to oneself: command line and node would otherwise send the same statement at the same moment."""
+    return one_at_a_time(site.settings.state_dir / "outbox.lock", patience_s)
+
+
+def _deliver_all(site: Site) -> list[tuple[OutboxItem, MedHiveError | None]]:
+    return [(item, _deliver_one(site, item)) for item in site.store.outbox()]
 
 
 def _deliver_one(site: Site, item: OutboxItem) -> MedHiveError | None:
@@ -223,27 +236,31 @@ def _was_received(site: Site, item: OutboxItem) -> bool:
     return False
 
 
-def _send(site: Site, signed: Consent, spec: RunSpec, state: str, given_by: str) -> Sent:
-    body = signed.body
-    if state == "sending":
-        site.store.keep_consent(signed, spec, "sending", given_by)
-    elif state == "declined":
-        site.store.keep_consent(signed, spec, "declined", given_by)
-    else:
-        site.store.set_consent_state(body.run_id, "withdrawn")
-    path = f"/runs/{body.run_id}/" + ("withdraw" if body.decision == "withdrawn" else "consents")
-    number = site.store.post(CONSENT, path, signed.model_dump(mode="json"))
-    return Sent(delivered=deliver_now(site, number), consent=signed)
+def _send(site: Site, signed: Consent, spec: RunSpec, state: ConsentRecord, given_by: str) -> Sent:
+    run_id = signed.body.run_id
+    if state == "withdrawn":
+        # Counts here at once, whoever holds the outbox.
+        site.store.set_consent_state(run_id, state)
+    path = f"/runs/{run_id}/" + ("withdraw" if state == "withdrawn" else "consents")
+    with _outbox(site, OUTBOX_PATIENCE_S) as held:
+        if state != "withdrawn":
+            _require_unanswered(site, run_id)
+            site.store.keep_consent(signed, spec, state, given_by)
+        delivered = _post(site, CONSENT, path, signed.model_dump(mode="json"), at_once=held)
+    return Sent(delivered=delivered, consent=signed)
 
 
-def deliver_now(site: Site, number: int) -> bool:
-    """Try to deliver at once; False when the coordinator does not answer.
+def _post(site: Site, kind: str, path: str, body: dict[str, Any], *, at_once: bool) -> bool:
+    """Queue a statement and, in the caller's hold of the outbox, try to deliver it; False when nobody answers.
 
     Raises:
-        MedHiveError: the coordinator's refusal of the statement with this number.
+        MedHiveError: the coordinator's refusal.
     """
+    number = site.store.post(kind, path, body)
+    if not at_once:
+        return False
     try:
-        results = deliver(site)
+        results = _deliver_all(site)
     except Unreachable:
         return False
     for item, error in results:
@@ -256,7 +273,8 @@ def send_decision(site: Site, decision: Decision) -> bool:
     """Queue a decision and try to deliver it; False when the coordinator does not answer."""
     body = decision.body
     path = f"/studies/{body.study}/versions/{body.version}/decisions"
-    return deliver_now(site, site.store.post(DECISION, path, decision.model_dump(mode="json")))
+    with _outbox(site, OUTBOX_PATIENCE_S) as held:
+        return _post(site, DECISION, path, decision.model_dump(mode="json"), at_once=held)
 
 
 def _body(
@@ -306,10 +324,14 @@ def _is_open(site: Site, run: RunAnswer) -> bool:
     return not own or own[0] == ConsentState.PENDING
 
 
-def _require_open(site: Site, run: RunAnswer) -> None:
-    given = site.store.consent(run.id)
+def _require_unanswered(site: Site, run_id: str) -> None:
+    given = site.store.consent(run_id)
     if given is not None:
-        raise Conflict(f"This hospital has answered {run.id} already: {given.state}.", run_id=run.id)
+        raise Conflict(f"This hospital has answered {run_id} already: {given.state}.", run_id=run_id)
+
+
+def _require_open(site: Site, run: RunAnswer) -> None:
+    _require_unanswered(site, run.id)
     if run.state != RunState.CONSENTING:
         ended = " and over" if run.state in FINAL_RUN_STATES else ""
         raise Conflict(f"{run.id} is {run.state}{ended}; it no longer waits for consents.", run_id=run.id)

@@ -1,5 +1,6 @@
 """One hospital's installation, opened: its settings, database, keys, identity and connection, handed around together."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from medhive.signing import SigningKey
 from medhive.spec import StudyData
 
 DATABASE = "site.db"
+LOCK_LOOK_S = 0.02  # how soon a lock that was given back is noticed
 FOLDERS = ("keys", "models", "ledger", "cache", "runs")
 
 
@@ -138,6 +140,16 @@ def join_site(settings: Settings, token: str, client_id: str = "") -> JoinOutcom
         store=store,
         extra_ca_file=settings.extra_ca_file,
     )
+
+
+@contextmanager
+def one_at_a_time(lock: Path, patience_s: float) -> Iterator[bool]:
+    """Hold a lock among all threads and processes of this hospital; False when another had it all the time."""
+    until = time.monotonic() + patience_s
+    with lock.open("a+b") as file:
+        while not (held := _locked(file.fileno())) and time.monotonic() < until:
+            time.sleep(LOCK_LOOK_S)
+        yield held
 
 
 @contextmanager
