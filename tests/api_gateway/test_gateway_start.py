@@ -13,7 +13,8 @@ import httpx
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from gateway_world import GatewayProcess, World, running_gateway
+from gateway_world import GatewayProcess, World, running_gateway, until
+from old_files import make_old
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
@@ -223,6 +224,20 @@ def test_the_sweep_deletes_what_nothing_needs(tmp_path: Path) -> None:
     assert [path.exists() for path in (stray, fresh, forgotten, present)] == [False, True, False, True]
     assert blobs.GRACE < UPLOAD_KEPT
     gateway.database.close()
+
+
+def test_a_start_drops_the_uploads_that_a_killed_gateway_left(tmp_path: Path) -> None:
+    with running_gateway(tmp_path / "state") as gateway:
+        uploads = tmp_path / "state" / "blobs" / "uploads" / "site-one"
+        uploads.mkdir(mode=0o700)
+        forgotten, going_on = uploads / "a.part", uploads / "b.part"
+        for path in (forgotten, going_on):
+            path.write_bytes(b"half")
+        make_old(forgotten, 2 * UPLOAD_KEPT.total_seconds())
+        gateway.kill()
+        gateway.start()
+        until(lambda: not forgotten.exists(), "the first sweep")
+        assert going_on.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from command_world import STUDY, CommandWorld, Typist, value_of
+from old_files import old_leftover
 
 from fl_client.settings import Settings
 from fl_client.site import Site
@@ -190,6 +191,7 @@ def test_the_menu_announces_what_arrives(world: CommandWorld) -> None:
 def test_the_node_says_where_it_stands_and_ends_in_order(world: CommandWorld) -> None:
     command = ["medhive-site", "run", "--json"]
     env = world.stack.site_env("north")
+    leftover = old_leftover(Path(env["STATE_DIR"]) / "runs")
     node = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert node.stdout is not None
@@ -197,6 +199,7 @@ def test_the_node_says_where_it_stands_and_ends_in_order(world: CommandWorld) ->
         while not any(item["event"] == "Connected" and item["to"] == "gateway" for item in seen):
             seen.append(json.loads(node.stdout.readline()))
         assert (seen[0]["event"], seen[0]["site"]) == ("Serving", "north")
+        assert not leftover.exists()
         assert "A node is running" in fails(world, "run").stderr
         node.send_signal(signal.SIGTERM)
         rest, _ = node.communicate(timeout=30)

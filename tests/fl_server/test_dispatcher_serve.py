@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from coordinator_stack import CoordinatorStack, coordinator, processes_of
 from flower_stack import until
+from old_files import old_leftover
 
 from medhive.states import ConsentState, RunState
 from medhive.wire import API, RunAnswer
@@ -121,9 +122,11 @@ def test_a_second_service_and_a_taken_port_are_refused_in_one_sentence(stack: Co
     assert second.returncode == 1
     assert second.stderr.strip().splitlines()[-1].startswith("error: Another medhive-server works in")
     other = {**same, "MEDHIVE_SERVER_STATE_DIR": str(tmp_path)}
+    leftover = old_leftover(tmp_path / "runs" / "RUN_1")
     taken = subprocess.run(command, env=other, capture_output=True, text=True, check=False, timeout=60)
     assert taken.returncode == 1
     assert f"error: Port {stack.fleet_port} on 127.0.0.1 is in use" in taken.stderr
+    assert not leftover.exists()
 
 
 def test_sigterm_ends_everything_within_five_seconds(stack: CoordinatorStack) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 
@@ -57,7 +58,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway.hub.attach()
     tasks = [
         asyncio.create_task(_repeat(SETTLE_EVERY_S, "settle", lambda: runs.settle_due(gateway))),
-        asyncio.create_task(_repeat(SWEEP_EVERY_S, "sweep", lambda: sweep(gateway))),
+        asyncio.create_task(_repeat(SWEEP_EVERY_S, "sweep", lambda: sweep(gateway), at_once=True)),
         asyncio.create_task(_watch(gateway)),
     ]
     yield
@@ -76,9 +77,12 @@ async def _watch(gateway: Gateway) -> None:
     await _forever("watch", lambda: gateway.hub.watch(head))
 
 
-async def _repeat(every_s: float, name: str, step: Callable[[], object]) -> None:
+async def _repeat(every_s: float, name: str, step: Callable[[], object], *, at_once: bool = False) -> None:
+    """Do a step again and again; `at_once` also at the start, after which a short life may never come to the first time."""
+    pauses = itertools.chain([0.0] if at_once else [], itertools.repeat(every_s))
+
     async def once() -> None:
-        await asyncio.sleep(every_s)
+        await asyncio.sleep(next(pauses))
         await asyncio.to_thread(step)
 
     await _forever(name, once)

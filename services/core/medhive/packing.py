@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medhive.errors import InvalidInput, MedHiveError, NoSpace, NotFound
+from medhive.leftovers import temporary_beside
 
 Flat = NDArray[np.float32]
 
@@ -215,8 +215,8 @@ class WeightsFile:
 class FlatWriter:
     """Writes one packed file block by block; the file appears, whole and on disk, or not at all.
 
-    A context manager. The blocks go to a temporary file beside `path` (`.NAME.*.tmp`; a crash may leave it behind),
-    which takes the name only when the context ends without an error and after everything reached the disk. `digest` is
+    A context manager. The blocks go to a temporary file beside `path` (a crash leaves it to `medhive.leftovers`), which
+    takes the name only when the context ends without an error and after everything reached the disk. `digest` is
     then the file's SHA-256. Raises `NoSpace` when the disk is full, `WrongLayout` when too few or too many elements
     came.
     """
@@ -226,7 +226,7 @@ class FlatWriter:
         self.digest = ""
         self._layout = layout
         self._header = header_bytes(layout, metadata or {})
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        self._temporary = temporary_beside(path)
         self._hash = hashlib.sha256()
         self._written = 0
 
@@ -270,7 +270,7 @@ class FlatWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             self._temporary.replace(self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         self.digest = self._hash.hexdigest()
 
     def _discard(self) -> None:
@@ -527,7 +527,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable. Windows cannot open folders, and keeps its own journal of names."""
     if os.name == "nt":
         return

@@ -27,6 +27,7 @@ from fl_server.settings import PREFIX, ServerSettings
 from fl_server.supervisor import Relay, Service, Supervisor, require_free_port
 from medhive.client import GatewayClient
 from medhive.errors import MedHiveError, Unreachable
+from medhive.leftovers import remove_leftovers
 from medhive.wire import API, CoordinatorAnswer
 
 STEP_S = 1.0
@@ -59,6 +60,7 @@ class Server:
         settings = self._settings
         settings.prepare()
         with FolderLock(settings.state_dir), settings.gateway() as gateway:
+            log.info("server.tidied", leftovers=remove_leftovers(settings.state_dir))
             require_free_port(settings.fleet_port, f"{PREFIX}FLEET_PORT")
             self._introduce()
             if not self._wait_for_gateway(gateway):

@@ -14,6 +14,7 @@ from fl_client.cli.installation import load_settings, open_site
 from fl_client.cli.membership import join_with, known_identity
 from fl_client.cli.report import Reporter
 from fl_client.node import Node
+from medhive.leftovers import remove_leftovers
 from medhive.terminal import Command, Terminal, pass_terminal
 
 # Windows has no SIGTERM that anybody sends; its SIGINT is Ctrl-C like everywhere.
@@ -34,6 +35,7 @@ def run(terminal: Terminal) -> None:
         outcome = join_with(terminal, settings)
         terminal.note(f"{outcome.identity.site} has joined {outcome.identity.coordinator_name}.")
     with open_site() as site:
+        remove_leftovers(site.settings.state_dir)
         node = Node(site, Reporter(terminal))
         with ended_by_signals(node.stop):
             node.run()
