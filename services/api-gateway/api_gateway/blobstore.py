@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from medhive.errors import Conflict, DigestMismatch, InvalidInput, NoSpace, TooLarge
-from medhive.packing import Layout
+from medhive.packing import Layout, sync_folder
 
 MAX_BLOB_BYTES = 2 * 1024**3  # float32 weights of half a billion parameters
 MAX_PART_BYTES = 8 * 1024**2  # of one PUT: what is lost at most when a connection breaks
@@ -172,7 +172,7 @@ class BlobStore:
         with _disk_errors():
             place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             upload.replace(place)
-            _sync_folder(place.parent)
+            sync_folder(place.parent)
         return size
 
     def complete_files(self) -> Iterator[Path]:
@@ -208,11 +208,3 @@ def _disk_errors() -> Iterator[None]:
         if error.errno in OUT_OF_SPACE:
             raise NoSpace("The coordinator's disk is full; an admin must make room.") from error
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medhive.errors import MedHiveError, NoSpace
-from medhive.packing import sha256_file
+from medhive.packing import sha256_file, sync_folder
 from medhive.spec import Digest
 from medhive.strategies import StrategyState
 from medhive.wire import RoundReport
@@ -185,7 +185,7 @@ def write_durably(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -203,14 +203,3 @@ def no_space_named(path: Path) -> Iterator[None]:
                 path=str(path),
             ) from error
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. Windows cannot open folders, and keeps its own journal of names."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
