@@ -10,7 +10,7 @@ from coordinator_stack import CLASSES, CoordinatorStack, coordinator
 from flower_stack import until
 
 from fl_server.figures import draw_confusion, draw_curves
-from fl_server.tracking import Progress, round_values
+from fl_server.tracking import MAX_SITE_CURVES, NOTE, Progress, Value, _panels, round_values
 from medhive.states import RoundState
 from medhive.wire import API, RoundAnswer, SiteRound
 
@@ -87,7 +87,12 @@ def check_description(stack: CoordinatorStack, mlflow: Any, run_id: str) -> None
     assert run.data.tags["medhive.spec_hash"] == stack.run(run_id).spec_hash
     assert run.data.tags["medhive.sites"] == "a,b"
     assert '"strategy":"fedprox"' in run.data.tags["medhive.spec"]
-    assert history(mlflow, run, "site/a/val_accuracy") == [(0, 0.6), (1, 0.7)]
+    assert "2 rounds of 5 local epochs, fedprox, at a, b.\n\n**completed**; made version 1." in run.data.tags[NOTE]
+    assert run.data.tags["mlflow.user"] == "admin"
+    assert "**tumours**" in mlflow.get_experiment(run.info.experiment_id).tags[NOTE]
+    final = next(item.metrics["val_accuracy"] for item in stack.run(run_id).sites if item.site == "a")
+    assert history(mlflow, run, "site/a/val_accuracy") == [(0, 0.6), (1, 0.7), (2, final)]
+    assert "lr" not in run.data.params, "what has no value is no parameter"
     assert history(mlflow, run, "sites_answered") == [(0, 2), (1, 2), (2, 2)]
     assert [step for step, _ in history(mlflow, run, "bytes_up")] == [0, 1, 2]
     artifacts = {item.path for item in mlflow.list_artifacts(run.info.run_id)}
@@ -100,6 +105,8 @@ def check_registry(stack: CoordinatorStack, mlflow: Any, run_id: str, folder: Pa
     assert model.aliases == {"newest": "1", "candidate": "1"}
     registered = mlflow.get_model_version("medhive-tumours", "1")
     assert registered.tags["medhive.digest"] == version.digest
+    assert registered.description.startswith("Version 1 of tumours: 2 rounds on ")
+    assert "`medhive.version`" in model.description
     assert registered.run_id == stack.run(run_id).mlflow_run_id
     path = mlflow.download_artifacts(registered.run_id, "model/weights.safetensors", str(folder))
     assert Path(path).stat().st_size == version.size_bytes
@@ -146,5 +153,15 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     draw_curves(
         {"loss": {"val_loss": [(0, 1.0), (1, 0.5)]}, "accuracy": {"val_accuracy": [(0, 0.5)]}}, tmp_path / "a.png"
     )
-    draw_confusion([[5, 1], [0, 4]], (*CLASSES[:1], "100 $ or more $"), tmp_path / "b.png")
+    draw_confusion([[5, 1], [0, 0]], (*CLASSES[:1], "100 $ or more $"), tmp_path / "b.png", "RUN_1 of 100 $")
+    draw_curves({"of a site": {"$a": [(1, 0.5)]}}, tmp_path / "c.png", "RUN_1 of 100 $")
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_the_sites_curves_are_named_after_the_sites_until_there_are_too_many() -> None:
+    def values(count: int) -> list[Value]:
+        of_sites = [Value(f"site/s{number}/val_accuracy", 0.5, AT, 1) for number in range(count)]
+        return [Value("val_accuracy", 0.5, AT, 1), Value("site/s0/val_loss", 0.5, AT, 1), *of_sites]
+
+    assert [list(curves) for curves in _panels(values(2)).values()] == [["val_accuracy"], ["s0", "s1"]]
+    assert list(_panels(values(MAX_SITE_CURVES + 1))) == ["accuracy"]

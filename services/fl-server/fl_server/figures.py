@@ -9,54 +9,77 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Curve = Sequence[tuple[int, float]]
 """Pairs of step and value, by ascending step."""
 
 DPI = 120
+PANEL_INCHES = (6.0, 4.2)
 MAX_NUMBERED_CLASSES = 20
 """Above this many classes the cells are too small for numbers."""
+SHARES = ("accuracy", "f1", "recall")
+"""A panel with one of these words shows shares of 1, and is drawn from 0 to 1 so that two runs can be compared by eye."""
 
 
-def draw_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
+def draw_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path, title: str = "") -> None:
     """Draw one panel a quantity, each with its labelled curves over the rounds, into a PNG file."""
-    figure = Figure(figsize=(6 * max(1, len(panels)), 4), layout="constrained")
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(width * max(1, len(panels)), height), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (title, curves) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, len(panels), place)
-        for label, curve in curves.items():
-            axes.plot([step for step, _ in curve], [value for _, value in curve], marker="o", markersize=3, label=label)
-        axes.set_title(title)
-        axes.set_xlabel("round")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    figure.suptitle(_plain(title))
+    for place, (name, curves) in enumerate(panels.items(), 1):
+        _draw_panel(figure.add_subplot(1, len(panels), place), name, curves)
     figure.savefig(path, dpi=DPI)
 
 
-def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix (rows: true classes, columns: predicted) with its counts into a PNG file."""
-    side = min(14.0, 3.0 + 0.6 * len(classes))
-    figure = Figure(figsize=(side, side), layout="constrained")
+def _draw_panel(axes: Any, name: str, curves: Mapping[str, Curve]) -> None:
+    for label, curve in curves.items():
+        steps, values = zip(*curve, strict=True)
+        axes.plot(steps, values, marker="o", markersize=3, label=_plain(label))
+    axes.set_title(_plain(name))
+    axes.set_xlabel("after round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if any(word in name.lower() for word in SHARES):
+        axes.set_ylim(-0.02, 1.02)
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], path: Path, title: str = "") -> None:
+    """Draw a confusion matrix into a PNG file: rows are true classes, columns predicted ones.
+
+    The colour is the share of the true class, so that a rare class is as visible as a frequent one; the cells hold the
+    counts and, below, that share.
+    """
+    side = min(14.0, 3.5 + 0.75 * len(classes))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(_plain(title))
     axes = figure.add_subplot()
-    axes.imshow(confusion, cmap="Blues")
-    axes.set_xticks(range(len(classes)), labels=[_plain(name) for name in classes], rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), labels=[_plain(name) for name in classes])
+    shares = [[cell / max(1, sum(row)) for cell in row] for row in confusion]
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    labels = [_plain(name) for name in classes]
+    axes.set_xticks(range(len(classes)), labels=labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(classes)), labels=labels)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(classes) <= MAX_NUMBERED_CLASSES:
-        _number_cells(axes, confusion)
+        _number_cells(axes, confusion, shares)
     figure.savefig(path, dpi=DPI)
 
 
-def _number_cells(axes: Any, confusion: Sequence[Sequence[int]]) -> None:
-    darkest = max((cell for row in confusion for cell in row), default=0)
+def _number_cells(axes: Any, confusion: Sequence[Sequence[int]], shares: Sequence[Sequence[float]]) -> None:
     for row, cells in enumerate(confusion):
         for column, cell in enumerate(cells):
-            colour = "white" if cell > darkest / 2 else "black"
-            axes.text(column, row, str(cell), ha="center", va="center", color=colour)
+            share = shares[row][column]
+            text = f"{cell}\n{share:.0%}" if cell else "0"
+            axes.text(column, row, text, ha="center", va="center", color="white" if share > 0.5 else "black")
 
 
 def _plain(name: str) -> str:
-    """A class name with what the plotting library would read as a formula made plain."""
+    """A name with what the plotting library would read as a formula made plain."""
     return name.replace("$", r"\$")

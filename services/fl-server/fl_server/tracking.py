@@ -50,6 +50,8 @@ MAX_BATCH = 900
 MAX_TAG = 5000
 """Characters of a tag's value that every version of MLflow takes; what is longer is in an artifact."""
 MAX_PARAM = 500
+MAX_SITE_CURVES = 10
+"""More curves cannot be told apart by colour."""
 HEALTH_TIMEOUT_S = 3.0
 REQUEST_TIMEOUT_S = 20
 UNSAFE_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-. /:]")
@@ -62,6 +64,18 @@ STATUS: Mapping[RunState, str] = {
     RunState.CANCELLED: "KILLED",
 }
 RUN_TAG, VERSION_TAG = "medhive.run_id", "medhive.version"
+NOTE = "mlflow.note.content"
+"""The tag that MLflow's pages show as a description, in Markdown."""
+KIND: Mapping[str, str] = {"mlflow.experimentKind": "custom_model_development"}
+"""Has MLflow's pages open a study as trained models, not as prompts and traces."""
+READING_NOTE = (
+    "Step *n* of a metric `val_...` is the model after *n* rounds, on the sites' validation parts; step *n* of every other "
+    "metric is what happened in round *n*. Round 0 prepares the run. What begins with `site/<name>/` is one site's."
+)
+MODEL_NOTE = (
+    "Made by MedHive. A version's tag `medhive.version` is its number at the coordinator and in the hospitals, which "
+    "MLflow's own number need not be. `newest` is the last one made, `candidate` the one that hospitals decide on."
+)
 
 log = structlog.get_logger()
 
@@ -189,11 +203,13 @@ class Tracker:
         version = self._version(run)
         self._tell_description(run, mlflow_id)
         self._tell_rounds(run, mlflow_id, ended)
+        final = self._final_values(run, version, rounds)
+        self._log_values(mlflow_id, final)
         if version is not None:
-            self._tell_final(run, mlflow_id, version, rounds)
             self._register(run, mlflow_id, version)
         if run.state in FINAL_RUN_STATES:
-            self._tell_pictures(run, mlflow_id, ended, version)
+            values = [value for item in ended for value in round_values(item)]
+            self._tell_pictures(run, mlflow_id, [*values, *final], version)
             self._mlflow.set_terminated(mlflow_id, STATUS[run.state], _milliseconds(run.ended_at or run.updated_at))
         log.info("tracking.told", run_id=run.id, state=str(run.state), rounds=len(ended))
 
@@ -202,14 +218,21 @@ class Tracker:
         found = self._mlflow.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
-        tags = {RUN_TAG: run.id, "medhive.study": run.study, "medhive.spec_hash": run.spec_hash}
+        tags = {
+            RUN_TAG: run.id,
+            "medhive.study": run.study,
+            "medhive.spec_hash": run.spec_hash,
+            # What MLflow's own columns "User" and "Source" show.
+            "mlflow.user": run.request_site or run.requested_by,
+            "mlflow.source.name": "medhive-server",
+        }
         start = _milliseconds(run.started_at or run.created_at)
         return str(self._mlflow.create_run(experiment, start_time=start, run_name=run.id, tags=tags).info.run_id)
 
     def _experiment(self, study: str) -> str:
         experiment = self._mlflow.get_experiment_by_name(study)
         if experiment is None:
-            return str(self._mlflow.create_experiment(study))
+            return str(self._mlflow.create_experiment(study, tags={NOTE: experiment_note(study), **KIND}))
         if experiment.lifecycle_stage == "deleted":
             self._mlflow.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
@@ -219,7 +242,8 @@ class Tracker:
 
         spec = canonical_json(run.spec.model_dump(mode="json")).decode()
         options = run.spec.options.model_dump(mode="json")
-        values = {"task": run.spec.task, "base_version": run.spec.base_version, **_flattened(options)}
+        of_study = {f"study.{name}": value for name, value in run.spec.data.options.items()}
+        values = {"task": run.spec.task, "base_version": run.spec.base_version, **of_study, **_flattened(options)}
         sites = [item.site for item in run.consents if item.state in (ConsentState.GRANTED, ConsentState.WITHDRAWN)]
         tags = {
             "medhive.state": str(run.state),
@@ -227,10 +251,11 @@ class Tracker:
             "medhive.sites": ",".join(sites)[:MAX_TAG],
             "medhive.request_id": run.request_id,
             "medhive.spec": spec if len(spec) <= MAX_TAG else "see the artifact spec.json",
+            NOTE: run_note(run, sites)[:MAX_TAG],
         }
         self._mlflow.log_batch(
             mlflow_id,
-            params=[Param(name, str(value)[:MAX_PARAM]) for name, value in values.items()],
+            params=[Param(name, str(value)[:MAX_PARAM]) for name, value in values.items() if value is not None],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
         if run.id not in self._rounds_told:
@@ -259,26 +284,29 @@ class Tracker:
         for start in range(0, len(metrics), MAX_BATCH):
             self._mlflow.log_batch(mlflow_id, metrics=metrics[start : start + MAX_BATCH])
 
-    def _tell_final(
-        self, run: RunAnswer, mlflow_id: str, version: VersionAnswer, rounds: Sequence[RoundAnswer]
-    ) -> None:
+    def _final_values(
+        self, run: RunAnswer, version: VersionAnswer | None, rounds: Sequence[RoundAnswer]
+    ) -> list["Value"]:
+        """What is said of the final weights, of all sites together and of each, at the step of the last round."""
+        if version is None:
+            return []
+        whole = RunAnswer.model_validate(self._gateway.get(f"{API}/runs/{run.id}"))  # a list's row names no sites
+        own = {f"site/{item.site}/{name}": value for item in whole.sites for name, value in item.metrics.items()}
         last = max((item.number for item in rounds), default=0)
         at = run.ended_at or version.created_at
-        self._log_values(mlflow_id, [Value(name, value, at, last) for name, value in version.metrics.items()])
+        return [Value(name, value, at, last) for name, value in {**version.metrics, **own}.items()]
 
     def _tell_pictures(
-        self, run: RunAnswer, mlflow_id: str, ended: Sequence[RoundAnswer], version: VersionAnswer | None
+        self, run: RunAnswer, mlflow_id: str, values: Sequence["Value"], version: VersionAnswer | None
     ) -> None:
-        values = [value for item in ended for value in round_values(item)]
-        if version is not None:
-            values += [Value(name, value, version.created_at, len(ended)) for name, value in version.metrics.items()]
         panels = _panels(values)
-        confusion = version.confusion if version is not None else []
         with tempfile.TemporaryDirectory() as folder:
             if panels:
-                draw_curves(panels, Path(folder) / "curves.png")
-            if confusion:
-                draw_confusion(confusion, run.spec.data.classes, Path(folder) / "confusion_matrix.png")
+                draw_curves(panels, Path(folder) / "curves.png", f"{run.id} of {run.study}")
+            if version is not None and version.confusion:
+                title = f"Version {version.version} of {run.study}, all sites' validation parts"
+                picture = Path(folder) / "confusion_matrix.png"
+                draw_confusion(version.confusion, run.spec.data.classes, picture, title)
             for path in sorted(Path(folder).iterdir()):
                 self._mlflow.log_artifact(mlflow_id, str(path))
 
@@ -301,7 +329,12 @@ class Tracker:
         self._log_model(mlflow_id, version)
         tags = {VERSION_TAG: str(version.version), "medhive.digest": version.digest, RUN_TAG: run.id}
         self._mlflow.create_model_version(
-            name, f"runs:/{mlflow_id}/model", run_id=mlflow_id, tags=tags, await_creation_for=0
+            name,
+            f"runs:/{mlflow_id}/model",
+            run_id=mlflow_id,
+            tags=tags,
+            description=version_note(version),
+            await_creation_for=0,
         )
         self._aliases_told.pop(run.study, None)
         self._tell_aliases(run.study)
@@ -325,7 +358,7 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            self._mlflow.create_registered_model(name)
+            self._mlflow.create_registered_model(name, description=MODEL_NOTE)
         rows = self._mlflow.search_model_versions(f"name = '{name}'")
         return {int(row.tags[VERSION_TAG]): str(row.version) for row in rows if VERSION_TAG in row.tags}
 
@@ -409,11 +442,17 @@ def _step(name: str, number: int) -> int:
 
 
 def _panels(values: Sequence[Value]) -> dict[str, dict[str, Curve]]:
-    """The curves worth a picture: global accuracy and loss, of validation and training."""
-    wanted = {"accuracy": ("val_accuracy", "val_macro_f1", "train_accuracy"), "loss": ("val_loss", "train_loss")}
+    """The curves worth a picture: global accuracy and loss, of validation and training, and the sites' accuracy."""
+    of_sites = sorted({value.name for value in values if re.fullmatch(r"site/[^/]+/val_accuracy", value.name)})
+    wanted: dict[str, Sequence[str]] = {
+        "accuracy": ("val_accuracy", "val_macro_f1", "train_accuracy"),
+        "loss": ("val_loss", "train_loss"),
+        "accuracy on each site's validation part": of_sites if len(of_sites) <= MAX_SITE_CURVES else (),
+    }
     panels: dict[str, dict[str, Curve]] = {}
     for title, names in wanted.items():
-        found = {name: curve for name in names if (curve := _curve(values, name))}
+        found = {name.removeprefix("site/").removesuffix("/val_accuracy"): _curve(values, name) for name in names}
+        found = {label: curve for label, curve in found.items() if curve}
         if found:
             panels[title] = found
     return panels
@@ -430,6 +469,32 @@ def _aliases(versions: Sequence[VersionAnswer]) -> dict[str, str]:
     candidates = [item.version for item in versions if item.state == VersionState.CANDIDATE]
     newest = {"newest": str(max(item.version for item in versions))}
     return newest | ({"candidate": str(max(candidates))} if candidates else {})
+
+
+def experiment_note(study: str) -> str:
+    """What the page of a study's experiment says."""
+    what = f"Training runs of the study **{study}**; a copy of what the coordinator's gateway keeps."
+    return f"{what}\n\n{READING_NOTE}"
+
+
+def run_note(run: RunAnswer, sites: Sequence[str]) -> str:
+    """What a run's page says: who asked for what, where it was trained, how it ended, and how to read its metrics."""
+    options = run.spec.options
+    asked = run.request_site or run.requested_by or "the coordinator"
+    where = ", ".join(sites) or "no site yet"
+    what = f"{run.rounds} rounds of {options.local_epochs} local epochs, {options.strategy}, at {where}"
+    ended = f"{run.state}{f': {run.reason}' if run.reason else ''}"
+    made = f"; made version {run.version}" if run.version is not None else ""
+    return f"{run.request_id} of {asked}: {what}.\n\n**{ended}**{made}.\n\n{READING_NOTE}"
+
+
+def version_note(version: VersionAnswer) -> str:
+    """What a registered version's page says."""
+    body = version.manifest.body
+    where = ", ".join(body.sites) or "no site"
+    note = f"Version {version.version} of {version.study}: {body.rounds} rounds on {body.examples} examples at {where}."
+    accuracy = version.metrics.get("val_accuracy")
+    return note if accuracy is None else f"{note} Accuracy on the sites' validation parts: {accuracy:.4f}."
 
 
 def model_name(study: str) -> str:
