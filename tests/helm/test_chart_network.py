@@ -40,7 +40,8 @@ class Network:
         protocol: str = "TCP",
     ) -> bool:
         """Whether a policy lets this pod and this peer speak on this port."""
-        mine = [each for each in self.policies if each["podSelector"]["matchLabels"].items() <= pod.items()]
+        applied = [each for each in self.policies if direction.capitalize() in each["policyTypes"]]
+        mine = [each for each in applied if each["podSelector"]["matchLabels"].items() <= pod.items()]
         rules = [rule for policy in mine for rule in policy.get(direction) or []]
         return not mine or any(self._passes(rule, direction, peer, port, protocol) for rule in rules)
 
@@ -76,6 +77,14 @@ def test_the_policies_let_through_what_the_architecture_draws_and_nothing_else(c
     # A hospital in the same namespace comes in by the door that all hospitals use.
     site = {("site", "proxy")} if case == "both" else set()
     assert Network(case).arrows(PORTS) == ARROWS | site
+
+
+def test_a_pod_of_the_release_that_no_policy_knows_is_cut_off() -> None:
+    network = Network("coordinator")
+    stranger = {**network.pods["gateway"], "app.kubernetes.io/component": "stranger"}
+    for direction in ("ingress", "egress"):
+        assert not network.allows(direction, stranger, NAME_SERVICE, 53, "UDP")
+        assert not network.allows(direction, stranger, (NAMESPACE, network.pods["gateway"]), 8000)
 
 
 def test_without_mlflow_nobody_may_speak_to_it() -> None:
