@@ -199,6 +199,8 @@ def _announce(gateway: Gateway, sock: socket.socket, password: str | None, out: 
         f"database: {gateway.database.engine.url.render_as_string(hide_password=True)}",
         f"fleet address told to hospitals: {gateway.settings.fleet_address}",
         f"CA certificate: {(gateway.state.folder / 'tls' / 'ca.crt').resolve()}",
+        # What `medhive-admin login` shows to a person, who compares the two.
+        f"CA fingerprint: {gateway.state.authority.fingerprint.hex()}",
     ]
     if password is not None:
         lines += [f"first start: log in as {accounts.FIRST_ADMIN}; this password is shown only now"]
