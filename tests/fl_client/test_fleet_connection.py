@@ -24,7 +24,7 @@ from fl_client.flower import (
     RunGone,
 )
 from medhive.envelope import MAX_ENVELOPE_BYTES
-from medhive.errors import ClockSkew, TooLarge
+from medhive.errors import ClockSkew, InvalidInput, TooLarge
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,6 +71,22 @@ def test_several_messages_are_in_hand_at_once_and_answered_in_any_order(flower_s
             assert connection.reply(inbound, b"re " + inbound.payload)
         run.end()
     assert sorted(note["payload"] for note in run.answers()) == ["re 0.0", "re 0.1", "re 0.2"]
+
+
+def test_the_superlink_keeps_a_message_until_it_is_confirmed(flower_stack: FlowerStack) -> None:
+    node = flower_stack.make_node()
+    with flower_stack.connect(node) as connection:
+        run = flower_stack.run_script(node)
+        (inbound,) = take(connection, 1)
+        assert connection.receive() is None, "it is handed out once, confirmed or not"
+        # Its own object: those below it are shared with every message of the same content.
+        assert connection._pull_object(inbound.flower_run, inbound.message_id)
+        for _again in range(2):
+            connection.confirm(inbound)
+            with pytest.raises(InvalidInput, match="never uploaded"):
+                connection._pull_object(inbound.flower_run, inbound.message_id)
+        assert connection.reply(inbound, b"done")
+        run.end()
 
 
 def test_a_second_answer_to_one_message_is_not_wanted(flower_stack: FlowerStack) -> None:
@@ -123,6 +139,7 @@ def test_a_stopped_run_is_gone_for_those_who_ask_and_those_who_answer(flower_sta
             connection.check_run(inbound.flower_run)
         with pytest.raises(RunGone):
             connection.reply(inbound, b"too late")
+        connection.confirm(inbound)
         assert connection.receive() is None
         run.note("stopped")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ from fl_client.events import (
     VersionArrived,
     VersionJudged,
 )
+from fl_client.flower import Inbound
 from fl_client.gateway import SiteRevoked
 from fl_client.jobs import Job, JobKind
 from fl_client.limits import Limits
+from fl_client.node import _item_of
 from fl_client.site import AlreadyRunning, Site
 from fl_client.trainer import Trainer
-from medhive.envelope import Task, TaskType, check_contribution_envelope
+from medhive.envelope import Task, TaskType, check_contribution_envelope, to_bytes
 from medhive.errors import InvalidInput
 from medhive.packing import read_weights, write_weights
 from medhive.signing import SigningKey
@@ -204,6 +207,35 @@ def test_a_round_is_trained_once_and_answered_again(scene: Scene, ready: tuple[R
         assert restarted.answer(restarted.send(scene.train(run, digest))) == first
         assert not restarted.all(EpochDone)
     assert len(node.all(EpochDone)) == 1
+
+
+def test_a_message_is_on_disk_before_it_is_confirmed(scene: Scene, ready: tuple[RunAnswer, str]) -> None:
+    run, digest = ready
+    fleet = Loopback()
+    kept: list[bool] = []
+
+    def look(inbound: Inbound) -> None:
+        kept.append(inbound.message_id in [item.message_id for item in scene.site.store.inbox()])
+
+    fleet.on_confirm = look
+    with scene.node(fleet) as node:
+        message = node.send(scene.train(run, digest))
+        wait_for(lambda: message in fleet.confirmed, "the confirmation")
+        assert kept == [True]
+        node.answer(message)
+
+
+def test_a_message_that_was_kept_but_not_confirmed_is_confirmed_later(
+    scene: Scene, ready: tuple[RunAnswer, str]
+) -> None:
+    run, digest = ready
+    payload = to_bytes(scene.train(run, digest))
+    kept = Inbound("of-a-killed-process", 1, payload, time.time(), 3600.0, "train")
+    scene.site.store.keep_inbound(_item_of(kept))
+    fleet = Loopback()
+    with scene.node(fleet) as node:
+        assert node.answer(kept.message_id).body.outcome == "ok"
+        wait_for(lambda: fleet.confirmed == [kept.message_id], "the confirmation")
 
 
 def test_a_killed_node_goes_on_with_the_same_bits(scene: Scene, ready: tuple[RunAnswer, str], tmp_path: Path) -> None:

@@ -336,6 +336,7 @@ class LightHospital:
                 while not self._done.wait(0.1):
                     inbound = connection.receive()
                     if inbound is not None:
+                        connection.confirm(inbound)
                         self._answer(connection, inbound)
         except FleetClosed:
             pass

@@ -183,6 +183,7 @@ def answering(connection: FleetConnection) -> Iterator[None]:
     def serve() -> None:
         while not done.wait(0.1):
             if (inbound := connection.receive()) is not None:
+                connection.confirm(inbound)
                 connection.reply(inbound, b"echo " + inbound.payload)
 
     done = threading.Event()

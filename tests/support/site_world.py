@@ -53,6 +53,8 @@ class Loopback:
     def __init__(self) -> None:
         self.inbound: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self.replies: dict[str, bytes] = {}
+        self.confirmed: list[str] = []
+        self.on_confirm: Callable[[Inbound], None] = lambda _inbound: None
         self.revoked = threading.Event()
         self._closed = threading.Event()
 
@@ -72,6 +74,10 @@ class Loopback:
             return self.inbound.get_nowait()
         except queue.Empty:
             return None
+
+    def confirm(self, inbound: Inbound) -> None:
+        self.on_confirm(inbound)
+        self.confirmed.append(inbound.message_id)
 
     def reply(self, inbound: Inbound, payload: bytes) -> bool:
         if self._closed.is_set():

@@ -232,15 +232,18 @@ class FleetConnection:
         """Take the next message, or None when there is none now. The caller sets the pace of asking.
 
         A message of a run that was stopped meanwhile is dropped, and so is one whose content never comes or is not an
-        envelope: the aggregator sends what is still wanted again.
+        envelope: the aggregator sends what is still wanted again. What is returned is not confirmed yet: the caller first
+        makes it durable, then calls `confirm`.
         """
+        # flwr's linkstate sets `delivered_at` in the very statement that reads a message for this answer, and never hands
+        # it out again, confirmed or not; a node cannot ask for it anew. So a node that is killed between this answer and
+        # its own disk has lost the message, and the aggregator alone can close that gap, by asking again after silence.
         answer = self._call(self._fleet.PullMessages, PullMessagesRequest(node=self._node))
         if not answer.messages_list:
             return None
         announced, tree = answer.messages_list[0].metadata, answer.message_object_trees[0]
         try:
             payload = self._pull_payload(announced, tree)
-            self._confirm(announced)
         except (RunGone, InvalidInput, TooLarge) as error:
             log.warning("fleet.message-dropped", flower_run=announced.run_id, reason=str(error))
             return None
@@ -252,6 +255,19 @@ class FleetConnection:
             ttl=announced.ttl,
             message_type=announced.message_type,
         )
+
+    def confirm(self, inbound: Inbound) -> None:
+        """Say that a message is kept here, so that the SuperLink may forget its content; saying it again does no harm.
+
+        A run that is over meanwhile has been forgotten with all its messages.
+        """
+        request = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=inbound.flower_run, message_object_id=inbound.message_id
+        )
+        try:
+            self._call(self._fleet.ConfirmMessageReceived, request)
+        except RunGone:
+            log.info("fleet.confirmed-too-late", flower_run=inbound.flower_run)
 
     def reply(self, inbound: Inbound, payload: bytes) -> bool:
         """Answer a message; False when the SuperLink no longer wants it (expired, or answered before).
@@ -360,12 +376,6 @@ class FleetConnection:
                 break
             self._wait(wait)
         raise InvalidInput("The content of a message was never uploaded.", flower_run=flower_run)
-
-    def _confirm(self, announced: Any) -> None:
-        request = ConfirmMessageReceivedRequest(
-            node=self._node, run_id=announced.run_id, message_object_id=announced.message_id
-        )
-        self._call(self._fleet.ConfirmMessageReceived, request)
 
     def _compose(self, inbound: Inbound, payload: bytes, created_at: float, ttl: float) -> Any:
         """A reply with this node as its source and the corrected time, which `Message(reply_to=...)` cannot give."""

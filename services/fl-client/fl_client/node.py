@@ -73,6 +73,9 @@ class Fleet(Protocol):
     def receive(self) -> Inbound | None:
         """The next message, or None."""
 
+    def confirm(self, inbound: Inbound) -> None:
+        """Say that a message is kept here."""
+
     def reply(self, inbound: Inbound, payload: bytes) -> bool:
         """Answer a message; False when nobody wants the answer."""
 
@@ -332,8 +335,9 @@ class Node:
             return
         with connection as fleet:
             self._emit(Connected("fleet"))
-            for item in self._site.store.inbox():
-                self._take(_inbound_of(item))
+            for kept in [_inbound_of(item) for item in self._site.store.inbox()]:
+                self._take(kept)
+                fleet.confirm(kept)  # the process may have ended just before it did
             while not self._stopping.is_set():
                 inbound = fleet.receive()
                 if inbound is None:
@@ -343,6 +347,7 @@ class Node:
                 self._fast_until = time.monotonic() + FAST_AFTER_TASK_S
                 self._site.store.keep_inbound(_item_of(inbound))
                 self._take(inbound)
+                fleet.confirm(inbound)
 
     def _pace(self) -> float:
         settings = self._site.settings
