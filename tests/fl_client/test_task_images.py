@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from safetensors.numpy import save_file
 from fl_client.partition import split_dataset
 from fl_client.tasks import (
     EpochProgress,
+    Judged,
     LocalOptions,
     Prediction,
     RoundPlan,
     Skipped,
     Workspace,
+    completed,
     finish,
+    image_training,
     load_task,
     task_names,
 )
@@ -188,6 +192,38 @@ def test_predictions_agree_with_the_evaluation(workspace: Workspace, phantoms: P
     assert right == sum(sum(e.confusion[i][i] for i in range(4)) for e in parts)
     same_model = workspace.compare(weights, weights, "validation")
     assert same_model.difference.value == 0
+
+
+def test_judging_goes_step_by_step_and_models_may_take_turns(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_training, "EVALUATION_BATCH", 8)
+    models = [workspace.initial_weights(seed) for seed in (3, 4)]
+    turns = deque((seed, workspace.judge(weights, "train")) for seed, weights in enumerate(models))
+    steps, found = Counter[int](), dict[int, Judged]()
+    while turns:
+        seed, turn = turns.popleft()
+        try:
+            next(turn)
+        except StopIteration as end:
+            found[seed] = end.value
+        else:
+            steps[seed] += 1
+            turns.append((seed, turn))
+    examples = len(found[0].labels)
+    assert examples > 24
+    assert set(steps.values()) == {math.ceil(examples / 8)}
+    for seed, weights in enumerate(models):
+        assert np.array_equal(found[seed].probabilities, completed(workspace.judge(weights, "train")).probabilities)
+
+
+def test_a_model_predicts_without_any_data(workspace: Workspace, phantoms: Path) -> None:
+    weights = workspace.initial_weights(3)
+    paths = sorted(phantoms.rglob("*.jpg"))
+    alone = load_task("image-folder").predictor(STUDY)
+    assert alone.predict(weights, paths) == workspace.predict(weights, paths)
+    with pytest.raises(UnknownModel):
+        load_task("image-folder").predictor(StudyData(classes=CLASSES, options={"model": "alexnet"}))
 
 
 def test_an_empty_part_is_said(tmp_path: Path) -> None:

@@ -282,6 +282,21 @@ def test_rows_are_predicted_with_or_without_their_label(tmp_path: Path) -> None:
         site.predict(weights, [tmp_path / "bad.csv"])
 
 
+def test_of_several_files_those_that_are_no_table_are_named_and_the_rest_is_predicted(tmp_path: Path) -> None:
+    site = opened(write(tmp_path / "t.csv"))
+    weights = federate([site])
+    good, bad, none = tmp_path / "new.csv", tmp_path / "bad.csv", tmp_path / "none.csv"
+    good.write_text("sex,age\nm,90\nf,old\n")
+    bad.write_text("age\n1\n")
+    alone = load_task("tabular").predictor(site._study)
+    found = dict(alone.predict_files(weights, [bad, good, none]))
+    assert list(found) == [bad, good, none]
+    assert found[bad] == [Skipped("bad.csv", "wrong-columns")]
+    assert found[none] == [Skipped("none.csv", "data-folder-missing")]
+    assert found[good] == site.predict(weights, [good])
+    assert found[good][1] == Skipped("new.csv:3", "not-a-number")
+
+
 def test_other_weights_and_late_rounds_are_refused(tmp_path: Path) -> None:
     site = opened(write(tmp_path / "t.csv"))
     weights = {**site.initial_weights(1), "coefficients": np.zeros((1, 99), dtype=np.float32)}

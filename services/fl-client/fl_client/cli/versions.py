@@ -18,6 +18,13 @@ from medhive.packing import sha256_file
 from medhive.terminal import Command, Terminal, moment, pass_terminal, plain, share, size
 from medhive.views import confusion_table
 
+
+class NothingPredicted(InvalidInput):
+    """Not one of the named files could be read."""
+
+    code = "nothing-predicted"
+
+
 # What a judgement's models are called on a screen.
 MODELS: Final = {"candidate": "this version", "champion": "in use", "local_only": "own data alone"}
 
@@ -332,12 +339,20 @@ def _condition(known: KnownVersion) -> str:
 @click.option("--version", type=int, help="A version other than the one in use.")
 @pass_terminal
 def predict(terminal: Terminal, path: Path, study: str | None, version: int | None) -> None:
-    """Class probabilities for the file or folder PATH, by the version in use; nothing leaves the hospital."""
+    """Class probabilities for the file or folder PATH, by the version in use; nothing leaves the hospital.
+
+    What cannot be read is named with the reason, and the rest is predicted; the exit code is 1 when nothing could be.
+    """
     with open_site() as site, terminal.progress("predicting") as advance, site.trainer() as trainer:
         listener = reading_listener(advance)
         found = versions_here.predict(site, trainer, path, study=study, version=version, listener=listener)
     value = [_prediction_value(item) for item in found]
     terminal.result(value, lambda: _show_predictions(terminal, value))
+    skipped = sum("skipped" in item for item in value)
+    if skipped == len(value):
+        raise NothingPredicted(f"Nothing in {path} could be read; the reasons stand beside the names.")
+    if skipped:
+        terminal.note(f"{skipped} of {len(value)} could not be read; the reasons stand beside the names.")
 
 
 def _prediction_value(item: Mapping[str, Any]) -> dict[str, Any]:

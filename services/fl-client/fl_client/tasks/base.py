@@ -7,13 +7,13 @@ command line answers at once. Weights cross the seam as `dict[str, float32 array
 import hashlib
 import hmac
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ BUILT_IN = {
 # Separates the keyed hash that sorts examples into parts from the one that fingerprints the data set.
 SPLIT_DOMAIN = b"medhive-split-v1\0"
 FINGERPRINT_DOMAIN = b"medhive-dataset-v1\0"
+
+Result = TypeVar("Result")
 
 OnProgress = Callable[[int, int], None]
 """Called with (done, total) while data are read."""
@@ -169,7 +171,41 @@ Training = Generator[EpochProgress | None, None, TrainResult]
 """Yields None after a step (a place to switch to another run) and an `EpochProgress` after each epoch."""
 
 
-class Workspace(Protocol):
+@dataclass(frozen=True)
+class Judged:
+    """A model's word on one part of the data: (n,) indices of the true classes, (n, k) class probabilities."""
+
+    labels: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float64]
+
+
+Judging = Generator[None, None, Judged]
+"""Yields after a step, as training does: a place to switch to another run."""
+
+
+class Predictor(Protocol):
+    """A study's model without any data of the site's."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The study's classes, in the order of the model's outputs."""
+
+    def predict_files(
+        self, weights: Weights, paths: Sequence[Path]
+    ) -> Iterator[tuple[Path, list[Prediction | Skipped]]]:
+        """Each file with its examples' class probabilities, in the order of `paths`, computed some files at a time.
+
+        What cannot be read comes back as `Skipped`.
+
+        Raises:
+            WrongArchitecture: the weights are another model's.
+        """
+
+    def predict(self, weights: Weights, paths: Sequence[Path]) -> list[Prediction | Skipped]:
+        """The same in one go and in one list."""
+
+
+class Workspace(Predictor, Protocol):
     """A site's data of one study, read and ready; serves several runs at once."""
 
     @property
@@ -194,25 +230,35 @@ class Workspace(Protocol):
             TrainingDiverged: the loss is not finite.
         """
 
-    def evaluate(self, weights: Weights, part: Part) -> "Evaluation":
-        """Judge `weights` on one part of the data.
+    def judge(self, weights: Weights, part: Part) -> Judging:
+        """Have a model of `weights` look at one part of the data, step by step; several may be under way at once.
 
         Raises:
             WrongArchitecture: the weights are another model's.
             NotEnoughExamples: the part is empty.
         """
 
-    def compare(self, first: Weights, second: Weights, part: Part) -> "Comparison":
-        """Judge two models on the same examples; raises as `evaluate`."""
+    def evaluate(self, weights: Weights, part: Part) -> "Evaluation":
+        """Judge `weights` on one part of the data in one go; raises as `judge`."""
 
-    def predict(self, weights: Weights, paths: Sequence[Path]) -> list[Prediction | Skipped]:
-        """Class probabilities of files; unreadable ones come back as `Skipped`, in the order of `paths`."""
+    def compare(self, first: Weights, second: Weights, part: Part) -> "Comparison":
+        """Judge two models on the same examples in one go; raises as `judge`."""
 
 
 class Task(Protocol):
     """One kind of data."""
 
     name: str
+
+    def load(self) -> None:
+        """Import the libraries that all but `check` need, so that one that does not load is told from bad data."""
+
+    def predictor(self, study: StudyData, *, device: str = "cpu") -> Predictor:
+        """The study's model; opens no data.
+
+        Raises:
+            MedHiveError: the study's options or the device cannot be used.
+        """
 
     def check(
         self,
@@ -263,6 +309,15 @@ def load_task(name: str) -> Task:
         f"No task {name!r} is installed here; installed are {', '.join(task_names())}. Install the package that has it.",
         task=name,
     )
+
+
+def completed(steps: Generator[Any, None, Result]) -> Result:
+    """What a generator returns once it has been run to its end in one go."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(Result, end.value)
 
 
 def finish(training: Training, on_epoch: Callable[[EpochProgress], None] | None = None) -> TrainResult:

@@ -4,9 +4,10 @@ This module is what the registry loads; the work is in `images` (reading) and `i
 only when the data are opened for training).
 """
 
+from importlib import import_module
 from pathlib import Path
 
-from fl_client.tasks.base import DataReport, LocalOptions, OnProgress, Workspace
+from fl_client.tasks.base import DataReport, LocalOptions, OnProgress, Predictor, Workspace
 from fl_client.tasks.images import scan_folder
 from medhive.spec import StudyData
 
@@ -15,6 +16,16 @@ class ImageFolderTask:
     """See `fl_client.tasks.base.Task` for the methods."""
 
     name = "image-folder"
+
+    def load(self) -> None:
+        """Import torch and MONAI: seconds."""
+        import_module("fl_client.tasks.image_training")
+
+    def predictor(self, study: StudyData, *, device: str = "cpu") -> Predictor:
+        """The study's model; raises WrongOption, DeviceUnavailable, UnknownModel."""
+        from fl_client.tasks.image_training import ImageModel  # noqa: PLC0415 - seconds of imports
+
+        return ImageModel(study, device)
 
     def check(
         self,

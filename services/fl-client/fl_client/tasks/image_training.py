@@ -30,6 +30,8 @@ from fl_client.tasks.base import (
     DataReport,
     EpochProgress,
     FloatArray,
+    Judged,
+    Judging,
     LocalOptions,
     OnProgress,
     Part,
@@ -39,6 +41,7 @@ from fl_client.tasks.base import (
     Training,
     TrainResult,
     Weights,
+    completed,
 )
 from fl_client.tasks.errors import (
     DeadlinePassed,
@@ -86,24 +89,19 @@ def open_workspace(
     Raises:
         MedHiveError: as `images.scan_folder`; DeviceUnavailable; UnknownModel.
     """
-    options = ImageOptions.of(study)
-    target = resolve_device(device)
-    build_model(options.model, channels=options.channels, classes=len(study.classes), seed=0)
-    resize = Resizer(options.image_size)
+    model = ImageModel(study, device)
     kept: dict[str, UInt8] = {}
 
     def keep(digest: str, image: UInt8) -> None:
-        kept[digest] = resize(image)
+        kept[digest] = model.resize(image)
 
     scan = scan_folder(data_dir, study, secret, on_progress=on_progress, local=local, keep=keep)
     images = torch.from_numpy(np.stack([kept[entry.digest] for entry in scan.entries]))
     labels = torch.tensor([entry.label for entry in scan.entries])
     parts = np.array([entry.part for entry in scan.entries])
     return ImageWorkspace(
+        model,
         report=scan.report,
-        study=study,
-        options=options,
-        device=target,
         images=images,
         labels=labels,
         parts=parts,
@@ -151,36 +149,102 @@ class _Totals:
     examples: int = 0
 
 
+class ImageModel:
+    """A study's classifier without images; `fl_client.tasks.base.Predictor` describes the methods."""
+
+    def __init__(self, study: StudyData, device: str) -> None:
+        """Check that the study's model can be built here.
+
+        Raises:
+            WrongOption, DeviceUnavailable, UnknownModel: it cannot.
+        """
+        self._options = ImageOptions.of(study)
+        self.device = resolve_device(device)
+        self.classes = study.classes
+        self.resize = Resizer(self._options.image_size)
+        self.build(seed=0)
+
+    def build(self, seed: int) -> nn.Module:
+        """A model with seeded weights."""
+        options = self._options
+        model = build_model(options.model, channels=options.channels, classes=len(self.classes), seed=seed)
+        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def new_model(self, weights: Weights) -> nn.Module:
+        """A model of its own for one job."""
+        model = self.build(seed=0)
+        load_weights(model, weights)
+        return model
+
+    def probabilities(self, model: nn.Module, pixels: Tensor) -> npt.NDArray[np.float64]:
+        """(n, channels, size, size) bytes on the device → (n, classes)."""
+        model.eval()
+        with torch.inference_mode(), mixed_precision(self.device):
+            logits = model(normalised(pixels.float()))
+        found: npt.NDArray[np.float64] = logits.double().softmax(dim=1).cpu().numpy()
+        return found
+
+    def predict_files(
+        self, weights: Weights, paths: Sequence[Path]
+    ) -> Iterator[tuple[Path, list[Prediction | Skipped]]]:
+        """Each image file with its class probabilities, a batch at a time."""
+        model = self.new_model(weights)
+        for start in range(0, len(paths), EVALUATION_BATCH):
+            batch = paths[start : start + EVALUATION_BATCH]
+            for path, item in zip(batch, self._predict_batch(model, batch), strict=True):
+                yield path, [item]
+
+    def predict(self, weights: Weights, paths: Sequence[Path]) -> list[Prediction | Skipped]:
+        """Class probabilities of image files."""
+        return [item for _path, items in self.predict_files(weights, paths) for item in items]
+
+    def _predict_batch(self, model: nn.Module, paths: Sequence[Path]) -> list[Prediction | Skipped]:
+        read = [self._read(path) for path in paths]
+        images = [image for image in read if not isinstance(image, Skipped)]
+        if not images:
+            return [item for item in read if isinstance(item, Skipped)]
+        rows = iter(self.probabilities(model, torch.from_numpy(np.stack(images)).to(self.device)))
+        return [
+            item if isinstance(item, Skipped) else self._prediction(path, next(rows))
+            for path, item in zip(paths, read, strict=True)
+        ]
+
+    def _read(self, path: Path) -> UInt8 | Skipped:
+        try:
+            return self.resize(read_image(path, self._options.channels))
+        except UnreadableExample as error:
+            return Skipped(path.name, error.reason)
+
+    def _prediction(self, path: Path, row: npt.NDArray[np.float64]) -> Prediction:
+        return Prediction(path.name, {name: float(p) for name, p in zip(self.classes, row, strict=True)})
+
+
 class ImageWorkspace:
     """A site's images in memory; `fl_client.tasks.base.Workspace` describes the methods."""
 
     def __init__(
         self,
+        model: ImageModel,
         *,
         report: DataReport,
-        study: StudyData,
-        options: ImageOptions,
-        device: torch.device,
         images: Tensor,
         labels: Tensor,
         parts: npt.NDArray[np.str_],
         backbone: Path | None = None,
     ) -> None:
         self.report = report
-        self.device = device
-        self.classes = study.classes
-        self._options = options
+        self.device = model.device
+        self.classes = model.classes
+        self._model = model
         self._backbone = backbone
-        fits = device.type == "cuda" and images.nbytes <= GPU_CACHE_BYTES
-        self._images = images.to(device) if fits else images
+        fits = self.device.type == "cuda" and images.nbytes <= GPU_CACHE_BYTES
+        self._images = images.to(self.device) if fits else images
         self._labels = labels
         self._of_part = {name: torch.from_numpy(np.flatnonzero(parts == name)) for name in np.unique(parts)}
-        self._judge = self._model(seed=0)
-        self._resize = Resizer(options.image_size)
 
     def initial_weights(self, seed: int) -> dict[str, FloatArray]:
         """The study's seeded first weights, over which a local backbone file is laid where the site names one."""
-        model = self._model(seed)
+        model = self._model.build(seed)
         if self._backbone is not None:
             load_backbone(model, self._backbone)
         return export_weights(model)
@@ -197,23 +261,37 @@ class ImageWorkspace:
         job = _Job(self, weights, plan)
         return job.run()
 
+    def judge(self, weights: Weights, part: Part) -> Judging:
+        """Have a model of its own look at one part of the data, a batch a step."""
+        indices = self.indices(part)
+        if not len(indices):
+            raise NotEnoughExamples(f"The {part} part of the data is empty; add images.", part=part)
+        model = self.new_model(weights)
+        batches = []
+        for chunk in torch.split(indices, EVALUATION_BATCH):
+            batches.append(self._model.probabilities(model, self.pixels(chunk)))
+            yield None
+        return Judged(self._labels[indices].numpy(), np.concatenate(batches))
+
     def evaluate(self, weights: Weights, part: Part) -> Evaluation:
         """Judge `weights` on one part of the data."""
-        labels, probabilities = self._judged(weights, part)
-        return evaluate(labels, probabilities, self.classes)
+        judged = completed(self.judge(weights, part))
+        return evaluate(judged.labels, judged.probabilities, self.classes)
 
     def compare(self, first: Weights, second: Weights, part: Part) -> Comparison:
         """Judge two models on the same examples."""
-        labels, probabilities = self._judged(first, part)
-        return compare(labels, probabilities, self._judged(second, part)[1])
+        one, other = (completed(self.judge(weights, part)) for weights in (first, second))
+        return compare(one.labels, one.probabilities, other.probabilities)
+
+    def predict_files(
+        self, weights: Weights, paths: Sequence[Path]
+    ) -> Iterator[tuple[Path, list[Prediction | Skipped]]]:
+        """Each image file with its class probabilities, a batch at a time."""
+        return self._model.predict_files(weights, paths)
 
     def predict(self, weights: Weights, paths: Sequence[Path]) -> list[Prediction | Skipped]:
         """Class probabilities of image files."""
-        load_weights(self._judge, weights)
-        results: list[Prediction | Skipped] = []
-        for start in range(0, len(paths), EVALUATION_BATCH):
-            results += self._predict_batch(paths[start : start + EVALUATION_BATCH])
-        return results
+        return self._model.predict(weights, paths)
 
     def indices(self, part: Part) -> Tensor:
         """Positions of a part's images."""
@@ -229,49 +307,7 @@ class ImageWorkspace:
 
     def new_model(self, weights: Weights) -> nn.Module:
         """A model of its own for one job."""
-        model = self._model(seed=0)
-        load_weights(model, weights)
-        return model
-
-    def _model(self, seed: int) -> nn.Module:
-        options = self._options
-        model = build_model(options.model, channels=options.channels, classes=len(self.classes), seed=seed)
-        return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-    def _judged(self, weights: Weights, part: Part) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        indices = self.indices(part)
-        if not len(indices):
-            raise NotEnoughExamples(f"The {part} part of the data is empty; add images.", part=part)
-        load_weights(self._judge, weights)
-        batches = [self._probabilities(self.pixels(chunk)) for chunk in torch.split(indices, EVALUATION_BATCH)]
-        return self._labels[indices].numpy(), np.concatenate(batches)
-
-    def _probabilities(self, pixels: Tensor) -> npt.NDArray[np.float64]:
-        self._judge.eval()
-        with torch.inference_mode(), mixed_precision(self.device):
-            logits = self._judge(normalised(pixels.float()))
-        probabilities: npt.NDArray[np.float64] = logits.double().softmax(dim=1).cpu().numpy()
-        return probabilities
-
-    def _predict_batch(self, paths: Sequence[Path]) -> list[Prediction | Skipped]:
-        read = [self._read(path) for path in paths]
-        images = [image for image in read if not isinstance(image, Skipped)]
-        if not images:
-            return [item for item in read if isinstance(item, Skipped)]
-        rows = iter(self._probabilities(torch.from_numpy(np.stack(images)).to(self.device)))
-        return [
-            item if isinstance(item, Skipped) else self._prediction(path, next(rows))
-            for path, item in zip(paths, read, strict=True)
-        ]
-
-    def _read(self, path: Path) -> UInt8 | Skipped:
-        try:
-            return self._resize(read_image(path, self._options.channels))
-        except UnreadableExample as error:
-            return Skipped(path.name, error.reason)
-
-    def _prediction(self, path: Path, row: npt.NDArray[np.float64]) -> Prediction:
-        return Prediction(path.name, {name: float(p) for name, p in zip(self.classes, row, strict=True)})
+        return self._model.new_model(weights)
 
 
 class _Job:

@@ -3,9 +3,10 @@
 The registry loads this module; numpy and scikit-learn's solver come in with `tabular_training`, only when data are opened.
 """
 
+from importlib import import_module
 from pathlib import Path
 
-from fl_client.tasks.base import DataReport, LocalOptions, OnProgress, Workspace
+from fl_client.tasks.base import DataReport, LocalOptions, OnProgress, Predictor, Workspace
 from medhive.spec import StudyData
 
 
@@ -13,6 +14,21 @@ class TabularTask:
     """See `fl_client.tasks.base.Task` for the methods."""
 
     name = "tabular"
+
+    def load(self) -> None:
+        """Import scikit-learn: a second."""
+        import_module("fl_client.tasks.tabular_training")
+
+    def predictor(
+        self,
+        study: StudyData,
+        *,
+        device: str = "cpu",  # noqa: ARG002 - scikit-learn has the CPU only
+    ) -> Predictor:
+        """The study's model; raises WrongOption."""
+        from fl_client.tasks.tabular_training import TabularModel  # noqa: PLC0415 - a second of imports
+
+        return TabularModel(study)
 
     def check(
         self,

@@ -9,7 +9,7 @@ sends them and trains nothing, and no row is ever seen outside its hospital.
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from fl_client.tasks.base import (
     EpochProgress,
     FloatArray,
+    Judged,
+    Judging,
     LocalOptions,
     OnProgress,
     Part,
@@ -33,11 +35,18 @@ from fl_client.tasks.base import (
     Training,
     TrainResult,
     Weights,
+    completed,
 )
-from fl_client.tasks.errors import DeadlinePassed, NotEnoughExamples, TrainingDiverged
+from fl_client.tasks.errors import (
+    DataFolderMissing,
+    DeadlinePassed,
+    NotEnoughExamples,
+    TrainingDiverged,
+    WrongColumns,
+)
 from fl_client.tasks.evaluation import Comparison, Evaluation, compare, evaluate
 from fl_client.tasks.models import require_same_layout
-from fl_client.tasks.tables import Table, read_features, read_table
+from fl_client.tasks.tables import Features, Table, TableOptions, read_features, read_table, table_format
 from medhive.spec import StudyData
 
 # A variance below this share of the second moment is float32's rounding, not spread.
@@ -109,15 +118,70 @@ class Moments:
         return np.concatenate([standard, indicators], axis=1)
 
 
-class TabularWorkspace:
+class TabularModel:
+    """A study's classifier without a table; `fl_client.tasks.base.Predictor` describes the methods."""
+
+    def __init__(self, study: StudyData) -> None:
+        """Take the features from the study; raises WrongOption as `tables.table_format`."""
+        self.classes = study.classes
+        self._study = study
+        self._features = Features.of(table_format(study), TableOptions.of(study).group_column)
+        self._numeric = np.array(self._features.numeric, dtype=bool)
+
+    def predict_files(
+        self, weights: Weights, paths: Sequence[Path]
+    ) -> Iterator[tuple[Path, list[Prediction | Skipped]]]:
+        """Each CSV file with the class probabilities of its rows; one of several that is no such table is skipped.
+
+        Raises:
+            DataFolderMissing, WrongColumns: the only file cannot be used.
+        """
+        require_same_layout(self._shapes(), weights)
+        for path in paths:
+            try:
+                found = self._predict_file(weights, path)
+            except (DataFolderMissing, WrongColumns) as error:
+                if len(paths) == 1:
+                    raise
+                found = [Skipped(path.name, error.code)]
+            yield path, found
+
+    def predict(self, weights: Weights, paths: Sequence[Path]) -> list[Prediction | Skipped]:
+        """Class probabilities of every row of CSV files; a row's name is file:line."""
+        return [item for _path, items in self.predict_files(weights, paths) for item in items]
+
+    def _predict_file(self, weights: Weights, path: Path) -> list[Prediction | Skipped]:
+        try:
+            rows = list(read_features(path, self._study))
+        except OSError as error:
+            raise DataFolderMissing(f"{path} cannot be read: {error.strerror}.", folder=str(path)) from error
+        usable = [values for _name, values in rows if not isinstance(values, Skipped)]
+        found = iter(self._probabilities(weights, np.array(usable)) if usable else ())
+        return [values if isinstance(values, Skipped) else self._prediction(name, next(found)) for name, values in rows]
+
+    def _prediction(self, name: str, row: Floats) -> Prediction:
+        return Prediction(name, {label: float(p) for label, p in zip(self.classes, row, strict=True)})
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        d = len(self._features.names)
+        outputs = 1 if len(self.classes) == 2 else len(self.classes)
+        moments = {f"moments.{name}": (d,) for name in ("present", "first", "second")}
+        return {"coefficients": (outputs, d + int(self._numeric.sum())), "intercepts": (outputs,), **moments}
+
+    def _probabilities(self, weights: Weights, values: Floats) -> Floats:
+        require_same_layout(self._shapes(), weights)
+        features = Moments.from_weights(weights).scaled(values, self._numeric)
+        probabilities: Floats = np.exp(log_softmax(_logits(_Linear.from_weights(weights), features), axis=1))
+        return probabilities
+
+
+class TabularWorkspace(TabularModel):
     """A site's table in memory; `fl_client.tasks.base.Workspace` describes the methods."""
 
     def __init__(self, table: Table, study: StudyData) -> None:
+        super().__init__(study)
         self.report = table.report
-        self.classes = study.classes
-        self._study = study
         self._table = table
-        self._numeric = np.array(table.features.numeric, dtype=bool)
         self._pooled: Moments | None = None
 
     def initial_weights(self, seed: int) -> dict[str, FloatArray]:  # noqa: ARG002 - a convex problem starts anywhere
@@ -147,45 +211,28 @@ class TabularWorkspace:
         require_same_layout(self._shapes(), weights)
         return self._train(weights, plan)
 
+    def judge(self, weights: Weights, part: Part) -> Judging:
+        """Have a model look at one part of the rows; one product of matrices, so one step."""
+        rows = self._rows(part)
+        probabilities = self._probabilities(weights, self._table.values[rows])
+        yield None
+        return Judged(self._table.labels[rows], probabilities)
+
     def evaluate(self, weights: Weights, part: Part) -> Evaluation:
         """Judge `weights` on one part of the rows."""
-        rows = self._rows(part)
-        return evaluate(self._table.labels[rows], self._probabilities(weights, self._table.values[rows]), self.classes)
+        judged = completed(self.judge(weights, part))
+        return evaluate(judged.labels, judged.probabilities, self.classes)
 
     def compare(self, first: Weights, second: Weights, part: Part) -> Comparison:
         """Judge two models on the same rows."""
-        rows = self._rows(part)
-        values = self._table.values[rows]
-        judged = [self._probabilities(weights, values) for weights in (first, second)]
-        return compare(self._table.labels[rows], *judged)
-
-    def predict(self, weights: Weights, paths: Sequence[Path]) -> list[Prediction | Skipped]:
-        """Class probabilities of every row of CSV files; a row's name is file:line."""
-        return [self._predict_one(weights, *row) for path in paths for row in read_features(path, self._study)]
-
-    def _predict_one(self, weights: Weights, name: str, values: list[float] | Skipped) -> Prediction | Skipped:
-        if isinstance(values, Skipped):
-            return values
-        row = self._probabilities(weights, np.array([values]))[0]
-        return Prediction(name, {label: float(p) for label, p in zip(self.classes, row, strict=True)})
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        d = len(self._table.features.names)
-        outputs = 1 if len(self.classes) == 2 else len(self.classes)
-        moments = {f"moments.{name}": (d,) for name in ("present", "first", "second")}
-        return {"coefficients": (outputs, d + int(self._numeric.sum())), "intercepts": (outputs,), **moments}
+        one, other = (completed(self.judge(weights, part)) for weights in (first, second))
+        return compare(one.labels, one.probabilities, other.probabilities)
 
     def _rows(self, part: Part) -> npt.NDArray[np.bool_]:
         rows: npt.NDArray[np.bool_] = self._table.parts == part
         if not rows.any():
             raise NotEnoughExamples(f"The {part} part of the table is empty; add rows.", part=part)
         return rows
-
-    def _probabilities(self, weights: Weights, values: Floats) -> Floats:
-        require_same_layout(self._shapes(), weights)
-        features = Moments.from_weights(weights).scaled(values, self._numeric)
-        probabilities: Floats = np.exp(log_softmax(_logits(_Linear.from_weights(weights), features), axis=1))
-        return probabilities
 
     def _train(self, weights: Weights, plan: RoundPlan) -> Training:
         started = time.monotonic()
