@@ -397,6 +397,16 @@ def test_a_question_that_a_killed_node_lost_is_asked_again(
     assert SILENCE_S <= world.clock.seconds < SILENCE_S + 10 < DEADLINE_S
 
 
+def test_the_word_of_an_earlier_life_is_no_answer(tmp_path: Path) -> None:
+    """Aggregator and node were both killed in the round: what the node said before is all that the gateway shows."""
+    world = World(tmp_path, {"rounds": 1})
+    world.sites["b"].changes[TRAIN, 1] = lost_once
+    world.desk.act("b", 1, Activity.TRAINING)
+    world.run()
+    assert world.asked(TRAIN, 1) == ["a", "b", "c", "b"]
+    assert world.dropped(1) == {}
+
+
 def test_a_site_that_says_what_it_does_is_asked_once(tmp_path: Path) -> None:
     world = World(tmp_path, {"rounds": 1})
     world.sites["c"].changes[TRAIN, 1] = silence
