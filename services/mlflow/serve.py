@@ -52,7 +52,11 @@ def _state_folder(environment: Mapping[str, str]) -> Path:
 
 def _database(environment: Mapping[str, str]) -> str:
     given = environment.get(f"{PREFIX}DATABASE_URL_FILE")
-    return Path(given).read_text("utf-8").strip() if given else f"sqlite:///{_state_folder(environment) / 'mlflow.db'}"
+    if not given:
+        return f"sqlite:///{_state_folder(environment) / 'mlflow.db'}"
+    url = Path(given).read_text("utf-8").strip()
+    # SQLAlchemy's default driver is another one than the gateway's.
+    return url.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 def _allowed_hosts(environment: Mapping[str, str], port: int) -> list[str]:

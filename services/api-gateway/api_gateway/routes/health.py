@@ -1,7 +1,7 @@
 """Whether the gateway lives, whether it can work, and figures for the monitoring. Outside the versioned API."""
 
+import threading
 import time
-from dataclasses import dataclass
 
 import httpx
 import structlog
@@ -18,24 +18,39 @@ from medhive.states import Role
 router = APIRouter(tags=["health"])
 MLFLOW_TIMEOUT_S = 2.0  # it is only asked whether it lives
 MLFLOW_ASKED_EVERY_S = 5.0
+MLFLOW_WAITED_FOR_S = 0.5
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass
 class MlflowHealth:
-    """The tracking server's last known health, so that a look at /ready seldom waits for it."""
+    """The tracking server's last known health: looked up beside, since even its name may take long to find.
 
-    url: str | None
-    asked_at: float = float("-inf")
-    state: str = "not configured"
+    Args:
+        url: where it answers; None when there is none.
+    """
+
+    def __init__(self, url: str | None) -> None:
+        self._url = url
+        self._asked_at = float("-inf")
+        self._state = "unreachable" if url else "not configured"
+        self._looking = threading.Lock()
 
     def ask(self) -> str:
-        """`ok`, `unreachable` or `not configured`."""
-        if self.url and time.monotonic() - self.asked_at > MLFLOW_ASKED_EVERY_S:
-            self.state, self.asked_at = self._probe(self.url), time.monotonic()
-        return self.state
+        """`ok`, `unreachable` or `not configured`; waits at most `MLFLOW_WAITED_FOR_S` for a look."""
+        if self._url and time.monotonic() - self._asked_at > MLFLOW_ASKED_EVERY_S and self._looking.acquire(False):
+            look = threading.Thread(target=self._look, args=(self._url,), name="mlflow-health", daemon=True)
+            look.start()
+            look.join(MLFLOW_WAITED_FOR_S)
+        return self._state
+
+    def _look(self, url: str) -> None:
+        try:
+            self._state = self._probe(url)
+            self._asked_at = time.monotonic()
+        finally:
+            self._looking.release()
 
     def _probe(self, url: str) -> str:
         try:

@@ -1,0 +1,259 @@
+"""The main job through real containers: `docker compose up`, three hospitals by `docker run`, from request to use."""
+
+import json
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from compose import BUILD_DEADLINE_S, DEADLINE_S, Compose, run
+from stack import wait_until
+
+from fl_client.tasks.phantoms import CLASSES, make_phantoms
+
+pytestmark = [pytest.mark.usefixtures("engine"), pytest.mark.timeout(3600)]
+
+SITES = ("hospital-a", "hospital-b", "hospital-c")
+STUDY = "brain-mri"
+IMAGES_PER_CLASS = 30
+SERVICES = ("gateway", "fl-server", "mlflow", "proxy")
+
+
+@pytest.fixture(scope="module")
+def compose(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
+    """The coordinator, with three hospitals that have joined."""
+    folder = tmp_path_factory.mktemp("compose")
+    with Compose(folder) as compose:
+        compose.command("build", "--quiet", deadline_s=BUILD_DEADLINE_S)
+        run(
+            "docker",
+            "build",
+            "-q",
+            "-t",
+            "fl-client",
+            "-f",
+            "services/fl-client/Dockerfile",
+            ".",
+            deadline_s=BUILD_DEADLINE_S,
+        )
+        compose.up()
+        compose.login()
+        for number, site in enumerate(SITES, 1):
+            make_phantoms(folder / site, IMAGES_PER_CLASS, number)
+            compose.hospital(site, readable(folder / site))
+        members = [word for site in SITES for word in ("--member", site)]
+        compose.admin(
+            "studies", "create", STUDY, "--task", "image-folder", "--classes", ",".join(CLASSES), *members,
+            "--option", "image_size=32",
+        )  # fmt: skip
+        for site in SITES:
+            compose.wait_for_log(site, "connected to the fleet")
+        yield compose
+
+
+def readable(folder: Path) -> Path:
+    """Scans as a hospital mounts them: readable for the container's own user."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
+
+
+def agree(compose: Compose, *, rounds: int, local_epochs: int = 1, sites: tuple[str, ...] = SITES) -> str:
+    """From the request to all consents; returns the run's name."""
+    request = compose.site_json(
+        sites[0], "request", STUDY, "--rounds", str(rounds), "--local-epochs", str(local_epochs), "--min-sites", "2",
+        "--person", "Dr. Noor",
+    )  # fmt: skip
+    compose.admin("approve", request["id"])
+    run_id = str(compose.admin_json("show", request["id"])["run_id"])
+    for site in sites[1:]:
+        compose.site(site, "consent", run_id, "--person", "Dr. Berg", "--yes")
+    return run_id
+
+
+def test_three_hospitals_train_and_use_a_model(compose: Compose) -> None:
+    run_id = agree(compose, rounds=2, local_epochs=3)
+    done = compose.ended(run_id)
+    assert (done["state"], done["reason"]) == ("completed", "")
+    assert [len(item["sites"]) for item in done["rounds_done"] if item["number"]] == [3, 3]
+    for site in SITES:
+        compose.wait_for_log(site, f"version 1 of {STUDY} has arrived")
+    compose.site(SITES[0], "accept", "1", "--study", STUDY, "--person", "Dr. Noor", "--reason", "good on our own data")
+    predictions = compose.site_json(SITES[0], "predict", "/data/glioma", "--study", STUDY)
+    assert len(predictions) == IMAGES_PER_CLASS
+    assert compose.admin_json("models", STUDY)[-1]["accepted_by"] == [SITES[0]]
+    check_tracking(compose, run_id)
+    assert "verified" in compose.admin("audit", "verify")
+
+
+def check_tracking(compose: Compose, run_id: str) -> None:
+    """An analyst finds the run in MLflow, on this machine alone and with a login."""
+    address = f"http://127.0.0.1:{compose.mlflow_port}"
+    search = {"experiment_ids": [str(n) for n in range(5)], "max_results": 50}
+
+    def runs(auth: tuple[str, str] | None) -> httpx.Response:
+        # A page's own script asks like this, and names where it came from.
+        headers = {"Origin": address}
+        return httpx.post(
+            f"{address}/ajax-api/2.0/mlflow/runs/search", json=search, auth=auth, headers=headers, timeout=60
+        )
+
+    assert runs(None).status_code == 401
+    assert runs(("admin", "wrong-password")).status_code == 401
+    login = ("admin", compose.password())
+
+    def tracked() -> bool:
+        found = runs(login).json().get("runs", [])
+        return any(item["info"]["run_name"] == run_id and item["info"]["status"] == "FINISHED" for item in found)
+
+    wait_until(tracked, f"{run_id} in MLflow", DEADLINE_S)
+    behind_the_door = httpx.get(
+        f"https://127.0.0.1:{compose.port}/mlflow/", auth=login, verify=unverified(), timeout=60
+    )
+    assert "<title>MLflow</title>" in behind_the_door.text
+    created = httpx.post(f"{address}/api/2.0/mlflow/experiments/create", json={"name": "x"}, auth=login, timeout=60)
+    assert created.status_code == 403, "people may look, only the aggregator may write"
+
+
+def unverified() -> ssl.SSLContext:
+    """For looks at what is refused; who answers does not matter there."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/control/start-run", "/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/register-node",
+     "/v1/fleet/..%2fcontrol/start-run", "/metrics", "/internal/mlflow-access", "/blobs-of-the-gateway/"],
+)  # fmt: skip
+def test_what_is_not_for_hospitals_ends_at_the_door(compose: Compose, path: str) -> None:
+    answer = httpx.post(f"https://127.0.0.1:{compose.port}{path}", content=b"x", verify=unverified(), timeout=30)
+    assert answer.status_code in {400, 404}
+
+
+def test_a_hospital_reaches_nothing_but_the_door(compose: Compose) -> None:
+    """From a client's network every other service's address and port is closed."""
+    script = (
+        "import socket, sys\n"
+        "for place in sys.argv[1:]:\n"
+        "    host, port = place.rsplit(':', 1)\n"
+        "    try:\n"
+        "        socket.create_connection((host, int(port)), 3).close()\n"
+        "        print('open', place)\n"
+        "    except OSError:\n"
+        "        pass\n"
+    )
+    places = [f"{address_of(compose, service)}:{port}" for service, ports in
+              {"gateway": (8000,), "fl-server": (9092, 9093), "mlflow": (5000,)}.items() for port in ports]  # fmt: skip
+    found = run("docker", "exec", compose.hospitals[SITES[0]], "python", "-c", script, *places)
+    assert found == ""
+
+
+def test_beside_the_gate_the_superlink_listens_to_nobody(compose: Compose) -> None:
+    """The proxy shares a network with the aggregator: it reaches the gate, and not the SuperLink behind it."""
+    address = address_of(compose, "fl-server")
+    look = "exec 3<>/dev/tcp/{}/{}"
+    proxy = compose.container("proxy")
+    assert code("docker", "exec", proxy, "bash", "-c", look.format(address, 9093)) == 0
+    assert code("docker", "exec", proxy, "bash", "-c", look.format(address, 9092)) != 0
+
+
+def code(*words: str) -> int:
+    return subprocess.run(words, capture_output=True, check=False, timeout=DEADLINE_S).returncode
+
+
+def address_of(compose: Compose, service: str) -> str:
+    found = json.loads(run("docker", "inspect", compose.container(service)))[0]["NetworkSettings"]["Networks"]
+    return str(next(network["IPAddress"] for name, network in found.items() if not name.endswith("_edge")))
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_each_service_may_do_little(compose: Compose, service: str) -> None:
+    found = json.loads(run("docker", "inspect", compose.container(service)))[0]
+    host = found["HostConfig"]
+    assert found["Config"]["User"] == "10001:10001"
+    assert host["ReadonlyRootfs"]
+    assert host["CapDrop"] == ["ALL"]
+    assert "no-new-privileges:true" in host["SecurityOpt"]
+    assert host["Memory"] > 0
+    assert host["LogConfig"]["Config"]["max-size"] == "10m"
+    published = {
+        port for bindings in (host["PortBindings"] or {}).values() for port in [tuple(b.values()) for b in bindings]
+    }
+    assert bool(published) == (service == "proxy")
+
+
+def test_secrets_are_with_their_service_alone(compose: Compose) -> None:
+    """The CA's key never leaves the gateway, the coordinator's key goes to the aggregator alone."""
+    held = {
+        service: run("docker", "exec", compose.container(service), "sh", "-c", "ls /handout").split()
+        for service in ("fl-server", "mlflow", "proxy")
+    }
+    assert not any("ca.key" in names for names in held.values())
+    assert [service for service, names in held.items() if "coordinator.key" in names] == ["fl-server"]
+    assert [service for service, names in held.items() if "mlflow-writer" in names] == ["fl-server", "mlflow"]
+    password, token = (
+        compose.password(),
+        run("docker", "exec", compose.container("fl-server"), "cat", "/handout/server-token"),
+    )
+    for service in SERVICES:
+        text = run("docker", "inspect", compose.container(service))
+        assert password not in text
+        assert token.strip() not in text
+
+
+@pytest.mark.parametrize("service", ["gateway", "fl-server", "proxy", "mlflow"])
+def test_a_killed_container_costs_a_run_nothing(compose: Compose, service: str) -> None:
+    run_id = agree(compose, rounds=3)
+    compose.wait_for_log(SITES[0], f"{run_id} round 1/3 done")
+    run("docker", "kill", compose.container(service))
+    run("docker", "start", compose.container(service))
+    done = compose.ended(run_id)
+    assert (done["state"], done["reason"]) == ("completed", "")
+    assert all(not site["dropped"] for item in done["rounds_done"] for site in item["sites"])
+
+
+def test_a_killed_hospital_goes_on_as_the_same_site(compose: Compose) -> None:
+    """`docker rm` and a new `docker run` on the same volume, without a new invite."""
+    site = SITES[1]
+    run_id = agree(compose, rounds=3)
+    compose.wait_for_log(site, f"{run_id} round 1/3 done")
+    run("docker", "rm", "--force", compose.hospitals[site])
+    compose.start_hospital(site, compose.folder / site)
+    done = compose.ended(run_id)
+    assert (done["state"], done["reason"]) == ("completed", "")
+    assert all(not item["dropped"] for entry in done["rounds_done"] for item in entry["sites"])
+
+
+def test_a_partitioned_hospital_comes_back(compose: Compose) -> None:
+    site = SITES[2]
+    run_id = agree(compose, rounds=3)
+    compose.wait_for_log(site, f"{run_id} round 1/3 done")
+    run("docker", "network", "disconnect", "bridge", compose.hospitals[site])
+    compose.wait_for_log(SITES[0], f"{run_id} round 2/3 done")
+    run("docker", "network", "connect", "bridge", compose.hospitals[site])
+    done = compose.ended(run_id)
+    assert (done["state"], done["reason"]) == ("completed", "")
+
+
+def test_a_second_up_after_down_keeps_everything(compose: Compose) -> None:
+    before = compose.admin_json("models", STUDY)
+    compose.command("down", "--timeout", "5")
+    compose.up()
+    assert "admin password" not in compose.command("logs", "--no-color", "gateway")
+    assert compose.admin_json("models", STUDY) == before
+    run_id = agree(compose, rounds=1)
+    assert compose.ended(run_id)["state"] == "completed"
+
+
+def test_every_service_stops_within_five_seconds(compose: Compose) -> None:
+    for service in SERVICES:
+        container = compose.container(service)
+        run("docker", "stop", "--time", "5", container)
+        state = json.loads(run("docker", "inspect", container))[0]["State"]
+        assert state["ExitCode"] == 0, f"{service} had to be killed"
+    compose.up()
