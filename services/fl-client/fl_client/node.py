@@ -46,11 +46,14 @@ from fl_client.watch import Watch, Watched
 from medhive.envelope import Task, from_bytes, to_bytes
 from medhive.errors import ClockSkew, MedHiveError, NotFound, Unreachable
 from medhive.follow import Feed
+from medhive.wire import EventAnswer
 
 # Tasks, consents and evaluations that may wait at once; each is a thread that mostly sleeps.
 MAX_AT_ONCE = 32
 # How often local things are looked at: limits that a person has changed, hours that have begun, answers to deliver.
 TICK_S = 1.0
+# After a look that an event called for: events come in bursts, and those of a burst are answered by one more look.
+BURST_S = 0.3
 # After a refusal that may pass (a registration under way, an upgrade at the coordinator).
 REFUSED_WAIT_S = 5.0
 # After a task the next one is likely near, whatever the gateway says.
@@ -137,6 +140,7 @@ class Node:
         self._fleet: Fleet | None = None
         self._fleet_away: Outage | None = None
         self._fast_until = 0.0
+        self._heard_to: int | None = None
         self._busy = False
         self._paused = False
         self._end: MedHiveError | None = None
@@ -240,25 +244,32 @@ class Node:
             while not self._stopping.is_set():
                 self._on_tick()
                 self._look_at_limits()
-                if time.monotonic() >= next_look or self._wake_watch.is_set():
-                    self._wake_watch.clear()
-                    away_since, greeted = self._look(away_since, greeted)
+                due, woken = time.monotonic() >= next_look, self._wake_watch.is_set()
+                self._wake_watch.clear()
+                if due or woken:
+                    away_since, greeted = self._look(away_since, greeted, due)
+                    if feed is None and self._heard_to is not None:
+                        feed = self._feed(self._heard_to)
+                if due:
                     pace = TICK_S if away_since is not None else self._site.settings.sync_s
                     next_look = time.monotonic() + pace
-                    if feed is None and greeted:
-                        feed = self._feed()
+                elif woken:
+                    self._stopping.wait(BURST_S)
                 self._wake_watch.wait(TICK_S)
         finally:
             if feed is not None:
                 feed.__exit__()
 
-    def _look(self, away_since: float | None, greeted: bool) -> tuple[float | None, bool]:
+    def _look(self, away_since: float | None, greeted: bool, everywhere: bool) -> tuple[float | None, bool]:
         """Look once; returns since when the gateway is away, and whether it has been greeted since then."""
         try:
             if not greeted:
                 self._site.gateway.coordinator()
                 self._emit(Connected("gateway", time.monotonic() - away_since if away_since else 0.0))
-            self._note(self._watch.look())
+            if self._heard_to is None:
+                # Before the first look, so that what happens during it is heard of afterwards.
+                self._heard_to = self._site.gateway.head().body.number
+            self._note(self._watch.look() if everywhere or not greeted else self._watch.follow())
         except Unreachable as error:
             if away_since is None:
                 self._emit(Disconnected("gateway", str(error)))
@@ -275,20 +286,20 @@ class Node:
             self._wake_fleet.set()
         self._busy = watched.busy
 
-    def _feed(self) -> Feed | None:
-        """The event stream on a connection of its own, from now on."""
+    def _feed(self, after: int) -> Feed:
+        """The event stream on a connection of its own, beginning after that event."""
         site = self._site
-        try:
-            after = site.gateway.head().body.number
-        except MedHiveError:
-            return None
         feed = Feed(
             lambda: connect(site.identity, site.keys, site.store, site.settings.extra_ca_file),
             after,
-            lambda _event: self._wake_watch.set(),
+            self._hear,
         )
         feed.__enter__()
         return feed
+
+    def _hear(self, event: EventAnswer) -> None:
+        if self._watch.hear(event):
+            self._wake_watch.set()
 
     def _look_at_limits(self) -> None:
         paused = not self._site.limits().may_train(datetime.now().astimezone())

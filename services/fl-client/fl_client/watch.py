@@ -1,12 +1,14 @@
 """Keeping a hospital's node in step with the coordinator: runs, consents, versions, the event log.
 
 Each look asks for the state of things and acts on the difference to what is kept in site.db, so that events which were
-missed, seen twice or seen late change nothing. The event stream only says when to look.
+missed, seen twice or seen late change nothing. The event stream only says when to look, and at what: a look that it
+calls for asks about nothing else, and a burst of events is one look. Everything is looked at now and then all the same.
 """
 
 import shutil
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Protocol
@@ -32,7 +34,7 @@ from fl_client.trainer import Trainer
 from medhive.errors import Conflict, MedHiveError, Unreachable
 from medhive.signing import sign
 from medhive.states import FINAL_RUN_STATES, RunState
-from medhive.wire import CountersignBody, Head, RunAnswer
+from medhive.wire import CountersignBody, EventAnswer, Head, RunAnswer
 
 # A head is countersigned at most so often: enough to date a rewriting to the minute, few enough to stay unnoticed.
 COUNTERSIGN_EVERY = timedelta(seconds=30)
@@ -40,6 +42,14 @@ COUNTERSIGN_EVERY = timedelta(seconds=30)
 CHANGED_OVERLAP = timedelta(seconds=2)
 LISTED_RUNS = 200  # of the gateway's list; older ones have long been announced
 GOING_ON = frozenset({RunState.READY, RunState.RUNNING})
+# What an event is about, by the part of its kind before the dot. A hospital's own decisions, requests and countersignatures
+# are known here already, and nothing here follows from its own comings and goings; a kind that is not named calls for a
+# look at everything.
+ABOUT_RUNS = frozenset({"run", "consent", "round"})
+ABOUT_VERSIONS = frozenset({"version"})
+ABOUT_NOTHING_HERE = frozenset({"decision", "request", "head", "invite", "join", "login", "account", "cleanup"})
+SITE_GOES_ON = frozenset({"site.joined", "site.connected", "site.disconnected", "site.dropped"})
+EXPORTED = "version.exported"
 
 log = structlog.get_logger()
 
@@ -59,52 +69,134 @@ class Watched:
     busy: bool
 
 
+@dataclass(frozen=True)
+class Touched:
+    """What there is to look at: everything, or runs and the versions of some studies; exports are told by events alone."""
+
+    everything: bool = False
+    runs: bool = False
+    versions: frozenset[str] = frozenset()
+    exports: frozenset[tuple[str, int]] = frozenset()
+
+    @classmethod
+    def by(cls, event: EventAnswer, site: str) -> "Touched":
+        """What an event has touched, as far as a site's node minds."""
+        about, study = event.kind.partition(".")[0], event.study
+        if about in ABOUT_NOTHING_HERE or event.kind in SITE_GOES_ON:
+            return cls()
+        if about in ABOUT_RUNS:
+            return cls(runs=True)
+        if about not in ABOUT_VERSIONS or study is None:
+            return cls(everything=True)
+        exports: set[tuple[str, int]] = set()
+        version = event.data.get("version")
+        if event.kind == EXPORTED and event.site == site and isinstance(version, int):
+            exports.add((study, version))
+        return cls(versions=frozenset({study}), exports=frozenset(exports))
+
+    def __or__(self, other: "Touched") -> "Touched":
+        return Touched(
+            self.everything or other.everything,
+            self.runs or other.runs,
+            self.versions | other.versions,
+            self.exports | other.exports,
+        )
+
+    def __bool__(self) -> bool:
+        return self != Touched()
+
+
+@dataclass
+class _Heard:
+    """What the event stream's thread has heard and the watching thread has not looked at yet."""
+
+    touched: Touched = Touched()
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, touched: Touched) -> None:
+        with self.lock:
+            self.touched |= touched
+
+    def take(self) -> Touched:
+        with self.lock:
+            taken, self.touched = self.touched, Touched()
+        return taken
+
+
 class Watch:
-    """Looks at the coordinator's state; used by one thread."""
+    """Looks at the coordinator's state; used by one thread, but for `hear`."""
 
     def __init__(self, site: Site, trainer: Trainer, emit: Listener, background: Background) -> None:
         self._site = site
         self._trainer = trainer
         self._emit = emit
         self._background = background
+        self._heard = _Heard()
+        self._studies: tuple[str, ...] = ()
         self._waiting: dict[str, RunAnswer] = {}
+        self._ending: dict[str, RunAnswer] = {}
         self._asked: set[str] = set()
         self._warmed: set[str] = set()
         self._since: datetime | None = None
         self._countersigned_at: datetime | None = None
         self._rewritten = False
 
+    def hear(self, event: EventAnswer) -> bool:
+        """Note what an event is about, from any thread; whether there is anything to look at."""
+        touched = Touched.by(event, self._site.name)
+        self._heard.add(touched)
+        return bool(touched)
+
     def look(self) -> Watched:
-        """Look once, and act.
+        """Look at everything once, and act.
 
         Raises:
             Unreachable: the coordinator does not answer.
             SiteRevoked: the coordinator no longer works with this site.
         """
-        self._deliver()
-        # Runs first: a version that has just come then belongs to a run whose end is announced with it.
-        runs = self._changed_runs()
-        studies = tuple(study.name for study in self._site.gateway.studies())
-        for study in studies:
-            self._one_at_a_time(f"versions of {study}", partial(self._look_at_versions, study))
-        for run in runs:
-            self._one_at_a_time(run.id, partial(self._look_at_run, run))
-        for run in list(self._waiting.values()):
-            self._one_at_a_time(run.id, partial(self._ask_consent, run))
-        self._one_at_a_time("event log", self._look_at_head)
-        return Watched(
-            studies, any(run.state in GOING_ON and self._is_mine(run.run_id) for run in self._site.store.runs())
-        )
+        return self._look(self._heard.take() | Touched(everything=True))
+
+    def follow(self) -> Watched:
+        """Look at what events have touched since the last look, and act; raises as `look`."""
+        return self._look(self._heard.take())
+
+    def _look(self, touched: Touched) -> Watched:
+        try:
+            self._deliver()
+            # Runs first: a version that has just come then belongs to a run whose end is announced with it.
+            runs = self._changed_runs() if touched.runs or touched.everything else self._ended_runs()
+            if touched.everything:
+                self._studies = tuple(study.name for study in self._site.gateway.studies())
+            for study in self._studies if touched.everything else sorted(touched.versions):
+                self._one_at_a_time(f"versions of {study}", partial(self._look_at_versions, study))
+            for study, version in sorted(touched.exports):
+                self._one_at_a_time(f"version {version} of {study}", partial(self._look_at_export, study, version))
+            for run in runs:
+                self._one_at_a_time(run.id, partial(self._look_at_run, run))
+            for run in list(self._waiting.values()):
+                self._one_at_a_time(run.id, partial(self._ask_consent, run))
+            if touched.everything:
+                self._one_at_a_time("event log", self._look_at_head)
+        except (Unreachable, SiteRevoked):
+            self._heard.add(touched)
+            raise
+        busy = any(run.state in GOING_ON and self._is_mine(run.run_id) for run in self._site.store.runs())
+        return Watched(self._studies, busy)
 
     def _changed_runs(self) -> list[RunAnswer]:
         """Runs that have changed since the last look, and ended ones whose model is still to come; oldest first."""
         since = (self._since - CHANGED_OVERLAP).isoformat() if self._since is not None else None
         changed = {run.id: run for run in self._site.gateway.runs(changed_after=since, limit=LISTED_RUNS)}
-        for known in self._site.store.runs():
-            if known.state in FINAL_RUN_STATES and not known.announced and known.run_id not in changed:
-                changed[known.run_id] = self._site.gateway.run(known.run_id)
         self._since = max((run.updated_at for run in changed.values()), default=self._since)
-        return sorted(changed.values(), key=lambda run: run.created_at)
+        found = {run.id: run for run in self._ended_runs()} | changed
+        return sorted(found.values(), key=lambda run: run.created_at)
+
+    def _ended_runs(self) -> list[RunAnswer]:
+        """Runs that have ended and are not announced yet: what they were is final, so each is asked for once at most."""
+        for known in self._site.store.runs():
+            if known.state in FINAL_RUN_STATES and not known.announced and known.run_id not in self._ending:
+                self._ending[known.run_id] = self._site.gateway.run(known.run_id)
+        return list(self._ending.values())
 
     def _one_at_a_time(self, what: str, work: Callable[[], None]) -> None:
         """One bad run or version must not stop the others."""
@@ -182,6 +274,7 @@ class Watch:
         if self._is_mine(run.id):
             version = self._site.store.version(run.study, run.version) if run.version is not None else None
             if run.version is not None and version is None:
+                self._ending[run.id] = run
                 return  # its file is still to come; the next look announces both
             metrics = version.manifest.body.metrics if version is not None else {}
             self._emit(
@@ -197,6 +290,7 @@ class Watch:
                     file=version.file if version is not None else None,
                 )
             )
+        self._ending.pop(run.id, None)
         self._site.store.keep_run(replace(seen, announced=True))
         # Weights and optimiser states of the rounds; the model itself lies in the models folder.
         shutil.rmtree(self._site.folder("runs") / run.id, ignore_errors=True)
@@ -205,9 +299,17 @@ class Watch:
 
     def _look_at_versions(self, study: str) -> None:
         for arrival in updates.sync_versions(self._site, study):
-            version = arrival.version
-            metrics = version.manifest.body.metrics
-            self._emit(VersionArrived(study, version.version, version.file, arrival.candidate, metrics))
+            self._announce_version(arrival)
+
+    def _look_at_export(self, study: str, version: int) -> None:
+        arrival = updates.note_export(self._site, study, version)
+        if arrival is not None:
+            self._announce_version(arrival)
+
+    def _announce_version(self, arrival: updates.Arrival) -> None:
+        version = arrival.version
+        metrics = version.manifest.body.metrics
+        self._emit(VersionArrived(version.study, version.version, version.file, arrival.candidate, metrics))
 
     # ---- the event log -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,146 @@
+"""The watch asks the coordinator only about what an event has touched, and a burst of events is one look."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from site_data import TABLE, make_table
+from site_world import Running, World, running, wait_for
+
+from fl_client import consents, updates
+from fl_client.consents import DataCheck
+from fl_client.events import Connected, RunFinished, VersionArrived
+from fl_client.site import Site
+from fl_client.watch import Touched
+from medhive.packing import write_weights
+from medhive.wire import API, EventAnswer
+
+STUDIES = ("heart", "lungs", "liver")
+CHECK = DataCheck("ab" * 32, 100, {}, {})
+# So that nothing but events makes the node look.
+SELDOM_S = 3600.0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("world"))
+    for name in STUDIES:
+        world.study(name, "tabular", TABLE)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def site(world: World) -> Site:
+    make_table(world.folder / "data")
+    joined = world.join("north", *STUDIES, data=world.folder / "data")
+    return world.open(joined.settings.model_copy(update={"sync_s": SELDOM_S}))
+
+
+class Asked:
+    """What a site has asked the gateway, by method of `Gateway`."""
+
+    def __init__(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.requests = 0
+        call = site.gateway._call
+
+        def counted(exchange: Any) -> Any:
+            self.requests += 1
+            return call(exchange)
+
+        monkeypatch.setattr(site.gateway, "_call", counted)
+
+
+def listening(node: Running, world: World, site: Site) -> None:
+    """Wait until the node's event stream is up: from then on it hears of everything."""
+    node.wait(Connected, count=2)
+    run = world.run("heart", min_sites=1)
+    wait_for(lambda: site.store.run(run.id) is not None, "the first event being heard")
+
+
+def events_of(site: Site, after: int) -> int:
+    return len(site.gateway._call(lambda client: client.get(f"{API}/events", after=after, limit=1000)))
+
+
+def test_a_burst_of_events_is_one_look(world: World, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(site) as node:
+        listening(node, world, site)
+        before = site.gateway.head().body.number
+        asked = Asked(site, monkeypatch)
+        runs = [world.run("lungs", min_sites=1) for _ in range(6)]
+        for run in runs:
+            world.admin.post(f"{API}/runs/{run.id}/stop", {"reason": "test"})
+        wait_for(lambda: len([run for run in site.store.runs() if run.announced]) >= len(runs), "all ends being seen")
+        requests = asked.requests
+        events = events_of(site, before)
+    assert events >= 18, "each run is asked for, approved, made and ended"
+    assert requests <= events / 2
+
+
+def test_a_version_comes_with_the_end_of_its_run(world: World, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(site) as node:
+        listening(node, world, site)
+        release(world, site, 0.5)
+        arrived, finished = node.wait(VersionArrived), node.wait(RunFinished)
+        assert finished.version == arrived.version
+        assert finished.file == arrived.file
+        overtaking = release(world, site, 0.6)
+        node.wait(VersionArrived, count=2)
+        assert [item.version for item in updates.undecided(site)] == [overtaking]
+        asked = Asked(site, monkeypatch)
+        world.admin.post(f"{API}/studies/heart/versions/{arrived.version}/export", {"site": site.name})
+        again = node.wait(VersionArrived, count=3)
+        assert (again.version, again.candidate) == (arrived.version, True)
+        assert asked.requests == 1, "the versions of that study alone"
+    assert [item.version for item in updates.undecided(site)] == [overtaking, arrived.version]
+
+
+def release(world: World, site: Site, value: float) -> int:
+    """A run that ends with these weights; returns the version's number."""
+    run = world.run("heart", min_sites=1)
+    consents.grant(site, run, person="Dr. North", check=CHECK)
+    lease = world.lease(run)
+    file = world.folder / f"{run.id}.safetensors"
+    write_weights(file, {"w": np.full(4, value, dtype=np.float32)})
+    world.end(run, lease, world.put(run, file), metrics={"val_accuracy": value})
+    version = world.look(run.id).version
+    assert version is not None
+    return version
+
+
+def event(kind: str, **fields: Any) -> EventAnswer:
+    values = {"number": 1, "at": "2026-01-01T00:00:00Z", "actor": "admin", "subject": "", "data": {}}
+    return EventAnswer.model_validate({**values, "kind": kind, "previous": "", "hash": "", **fields})
+
+
+@pytest.mark.parametrize(
+    ("heard", "touched"),
+    [
+        (event("round.closed", run_id="RUN_1", study="heart"), Touched(runs=True)),
+        (event("run.ready", run_id="RUN_1", study="heart"), Touched(runs=True)),
+        (event("version.offered", study="heart"), Touched(versions=frozenset({"heart"}))),
+        (
+            event("version.exported", study="heart", site="south", data={"version": 2}),
+            Touched(versions=frozenset({"heart"})),
+        ),
+        (
+            event("version.exported", study="heart", site="north", data={"version": 2}),
+            Touched(versions=frozenset({"heart"}), exports=frozenset({("heart", 2)})),
+        ),
+        (event("request.sent", study="heart"), Touched()),
+        (event("decision.accepted", study="heart", site="north"), Touched()),
+        (event("site.connected", site="north"), Touched()),
+        (event("site.revoked", site="north"), Touched(everything=True)),
+        (event("study.member-added", study="heart", site="north"), Touched(everything=True)),
+        (event("weather.changed"), Touched(everything=True)),
+    ],
+)
+def test_what_an_event_touches(heard: EventAnswer, touched: Touched) -> None:
+    assert Touched.by(heard, "north") == touched
+    assert bool(touched) == (touched != Touched())
+
+
+def test_what_several_events_touch_adds_up() -> None:
+    runs, versions = Touched(runs=True), Touched(versions=frozenset({"heart"}))
+    assert runs | versions | Touched() == Touched(runs=True, versions=frozenset({"heart"}))
