@@ -37,6 +37,7 @@ from medhive.errors import (
     NotFound,
     Unreachable,
 )
+from medhive.leftovers import remove_leftovers
 from medhive.spec import Name
 from medhive.terminal import Terminal
 
@@ -75,6 +76,7 @@ def serve(terminal: Terminal) -> None:
     else:
         continue_as(terminal, settings, identity)
     with open_site() as site:
+        remove_leftovers(settings.state_dir)
         terminal.note(device_line(site.limits().device, gpus(), torch_version()))
         node = Node(site, Voice(Reporter(terminal), patience), on_tick=patience.tick)
         with ended_by_signals(node.stop):
