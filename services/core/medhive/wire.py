@@ -280,10 +280,9 @@ class Refusal(Answer):
     code: str = Field(pattern=r"^[a-z][a-z0-9-]{0,59}$")
 
 
-class RoundAnswer(Answer):
-    """One round. Round 0 is the preparation (initial weights, statistics)."""
+class RoundFacts(BaseModel):
+    """What there is to say of a round: the aggregator reports it, everybody else reads it."""
 
-    number: int
     state: RoundState
     opened_at: AwareDatetime
     closed_at: AwareDatetime | None = None
@@ -294,7 +293,13 @@ class RoundAnswer(Answer):
     metrics: dict[str, float] = Field(default_factory=dict)
     sites: tuple[SiteRound, ...] = ()
     refusals: tuple[Refusal, ...] = ()
-    weights_digest: str | None = None
+    weights_digest: Digest | None = None
+
+
+class RoundAnswer(Answer, RoundFacts):
+    """One round. Round 0 is the preparation (initial weights, statistics)."""
+
+    number: int
 
 
 class RunAnswer(Answer):
@@ -368,20 +373,8 @@ class Fenced(Frozen):
     fence: int
 
 
-class RoundReport(Fenced):
+class RoundReport(Fenced, RoundFacts):
     """PUT /server/runs/{run}/rounds/{n}: idempotent; an open round may be reported again, a closed one only the same."""
-
-    state: RoundState
-    opened_at: AwareDatetime
-    closed_at: AwareDatetime | None = None
-    seconds: float = 0.0
-    overhead_s: float = 0.0
-    bytes_down: int = 0
-    bytes_up: int = 0
-    metrics: dict[str, float] = Field(default_factory=dict)
-    sites: tuple[SiteRound, ...] = ()
-    refusals: tuple[Refusal, ...] = ()
-    weights_digest: Digest | None = None
 
 
 class VersionZero(Fenced):
