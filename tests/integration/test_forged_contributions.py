@@ -153,6 +153,7 @@ def test_forgeries_are_refused_and_named_and_change_no_bit(
             assert reason in refused
             holding.close()
             world.event(run_id, "round.closed", round=number)
+            world.event(run_id, "contribution.refused", site=target, round=number, reason_code="bad-signature")
             target, other, holding = other, target, next_hold
     world.completed(run_id)
     assert world.digests(run_id) == honest
