@@ -1,19 +1,40 @@
 """The trainer: one warm child, several runs in turn, and what becomes of them when it dies."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from site_data import IMAGES, TABLE, make_images, make_table
 
-from fl_client.jobs import Cancelled, Epoch, Failed, Finished, Job, JobEvent, JobFailed, JobKind, Plan, Source, Started
-from fl_client.limits import Limits
+import fl_client.child
+import fl_client.trainer
+from fl_client.child import NICENESS
+from fl_client.jobs import (
+    Cancelled,
+    Epoch,
+    Failed,
+    Finished,
+    Job,
+    JobEvent,
+    JobFailed,
+    JobKind,
+    Opened,
+    Plan,
+    Reading,
+    Source,
+    Started,
+)
+from fl_client.limits import SMALLEST_MEMORY_BYTES, Limits
+from fl_client.store import Store
 from fl_client.trainer import Ticket, Trainer, child_environment
+from medhive.errors import InvalidInput
 from medhive.packing import read_weights, sha256_file
 
 DEADLINE_S = 60.0
@@ -142,13 +163,76 @@ def test_when_a_child_with_two_runs_dies_both_are_tried_again(trainer: Trainer, 
 
 
 def test_a_job_without_memory_is_answered_with_the_reason(images: Source, tmp_path: Path) -> None:
-    with Trainer(lambda: ONE_THREAD) as free:
-        make_base(free, images, tmp_path)
-    # The libraries alone take more address space than this.
-    tight = Limits(cpu_threads=1, memory_bytes=700 * 1024 * 1024, device="cpu")
-    with Trainer(lambda: tight) as trainer, pytest.raises(JobFailed) as caught:
-        trainer.run(training(images, tmp_path, "big"))
-    assert caught.value.cause_code in ("out-of-memory", "trainer-crashed")
+    tight = Limits(cpu_threads=1, memory_bytes=SMALLEST_MEMORY_BYTES, device="cpu")
+    wide = images.data.model_copy(update={"options": {"image_size": 1024, "model": "resnet-gn-wide"}})
+    big = images.model_copy(update={"data": wide})
+    with Trainer(lambda: tight) as trainer:
+        # The libraries load, and small jobs are done, with the least memory that may be set.
+        make_base(trainer, images, tmp_path)
+        trainer.run(training(images, tmp_path, "small", epochs=1))
+        make_base(trainer, big, tmp_path)
+        with pytest.raises(JobFailed) as caught:
+            trainer.run(training(big, tmp_path, "big"))
+    assert caught.value.cause_code == "out-of-memory"
+
+
+def test_less_memory_than_the_libraries_need_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"at least \d+ MB of memory"):
+        Limits(memory_bytes=SMALLEST_MEMORY_BYTES - 1)
+    store = Store(tmp_path / "site.db")
+    store.set_fact("limits", {**asdict(Limits()), "memory_bytes": 700_000_000})
+    assert Limits.load(store).memory_bytes == SMALLEST_MEMORY_BYTES
+
+
+# A child that says that it has come up, and takes its first command.
+UP = "import json, sys, time\nprint(json.dumps({'say': 'ready', 'id': ''}), flush=True)\njob = json.loads(input())['job']\n"
+LOADING = "print(json.dumps({'say': 'loading', 'id': job['id']}), flush=True)\n"
+HANGING = "import time; time.sleep(3600)\n"
+
+
+@pytest.mark.parametrize("script", [HANGING, UP + LOADING + HANGING], ids=["starting", "loading"])
+def test_a_child_that_does_not_come_up_is_ended_and_tried_again(
+    script: str, images: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fl_client.trainer, "FIRST_REST_S", 0.1)
+    spawned: list[int] = []
+    spawn = Trainer._spawn
+
+    def counted(trainer: Trainer) -> "subprocess.Popen[bytes]":
+        process = spawn(trainer)
+        spawned.append(process.pid)
+        return process
+
+    monkeypatch.setattr(Trainer, "_spawn", counted)
+    with Trainer(lambda: ONE_THREAD, (sys.executable, "-c", script), start_deadline_s=1.0) as trainer:
+        with pytest.raises(JobFailed, match="did not come up within 1 s") as caught:
+            trainer.run(Job(id="check", kind=JobKind.CHECK, source=images))
+        assert trainer._rest_s > fl_client.trainer.FIRST_REST_S, "each rest is longer than the one before"
+    assert caught.value.cause_code == "trainer-stuck"
+    assert len(spawned) >= 2
+    assert not any(alive(process) for process in spawned)
+
+
+def test_a_child_that_has_come_up_may_take_its_time(images: Source) -> None:
+    started = LOADING + "print(json.dumps({'say': 'started', 'id': job['id']}), flush=True)\ntime.sleep(7)\n"
+    done = "print(json.dumps({'say': 'finished', 'id': job['id'], 'result': {'x': 1}}), flush=True)\n"
+    command = (sys.executable, "-c", UP + started + done)
+    with Trainer(lambda: ONE_THREAD, command, start_deadline_s=5.0) as trainer:
+        assert trainer.run(Job(id="check", kind=JobKind.CHECK, source=images)) == {"x": 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux compares niceness by session")
+def test_a_running_trainer_gives_way(trainer: Trainer, images: Source, tmp_path: Path) -> None:
+    make_base(trainer, images, tmp_path)
+    events: list[JobEvent] = []
+    ticket = trainer.submit(training(images, tmp_path, "long", epochs=100), events.append)
+    wait_for(lambda: any(isinstance(event, Epoch) for event in events))
+    process = trainer.process_id or 0
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, process) == min(19, own + NICENESS)
+    assert NICENESS == 10
+    assert os.getsid(process) == process, "a session of its own, by which Linux groups processes"
+    trainer.cancel(ticket)
 
 
 def test_a_paused_trainer_waits_and_goes_on(trainer: Trainer, images: Source, tmp_path: Path) -> None:
@@ -216,6 +300,46 @@ def test_a_table_is_trained_with_the_statistics_of_all(trainer: Trainer, tmp_pat
     assert judged["comparisons"]["champion"]["difference"]["value"] == pytest.approx(better - worse)
 
 
+def test_predicting_opens_no_data_and_names_what_cannot_be_read(
+    trainer: Trainer, images: Source, tmp_path: Path
+) -> None:
+    make_base(trainer, images, tmp_path)
+    bad, none = tmp_path / "bad.jpg", tmp_path / "none.jpg"
+    bad.write_bytes(b"x")
+    paths = (bad, *sorted(images.data_dir.rglob("*.jpg")), none)
+    nowhere = images.model_copy(update={"data_dir": tmp_path / "nowhere"})
+    weights = {"base": tmp_path / "base.safetensors"}
+    events: list[JobEvent] = []
+    job = Job(id="predict", kind=JobKind.PREDICT, source=nowhere, device="cpu", weights=weights, paths=paths)
+    found = trainer.run(job, events.append)["predictions"]
+    assert [item["path"] for item in found] == [str(path) for path in paths]
+    assert [item["skipped"] for item in (found[0], found[-1])] == ["corrupt", "unreadable"]
+    assert all(sum(item["probabilities"].values()) == pytest.approx(1) for item in found[1:-1])
+    reading = [event for event in events if isinstance(event, Reading)]
+    assert (reading[-1].done, reading[-1].total) == (len(paths), len(paths))
+    assert not any(isinstance(event, Opened) for event in events)
+
+
+@pytest.mark.parametrize("kind", [JobKind.JUDGE, JobKind.EVALUATE])
+def test_judging_gives_way_as_training_does(
+    kind: JobKind, trainer: Trainer, images: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_base(trainer, images, tmp_path)
+    base = tmp_path / "base.safetensors"
+    weights = {"base": base} if kind is JobKind.EVALUATE else {"candidate": base, "champion": base}
+    monkeypatch.setattr("fl_client.tasks.image_training.EVALUATION_BATCH", 2)
+    job = Job(id="judge", kind=kind, source=images, device="cpu", weights=weights, part="validation")
+    counts: list[int] = []
+    steps = fl_client.child.Trainer(lambda _event: None)._steps(job)
+    places = 0
+    for event in steps:
+        if isinstance(event, Opened):
+            counts.append(sum(event.parts["validation"].values()))
+        places += event is None
+    assert counts[0] > 2
+    assert places >= len(weights) * math.ceil(counts[0] / 2)
+
+
 def test_a_local_only_model_has_the_studys_layout(trainer: Trainer, tmp_path: Path) -> None:
     source = source_of(tmp_path, "tabular")
     make_base(trainer, source, tmp_path)
@@ -260,6 +384,7 @@ def test_the_child_dies_with_a_killed_parent(tmp_path: Path, images: Source) -> 
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert alive(child)
+        assert os.getpriority(os.PRIO_PROCESS, child) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
         parent.kill()
     wait_for(lambda: not alive(child), 5)
 

@@ -44,6 +44,7 @@ GUIDE_SECTIONS: Final[Mapping[str, str]] = {
     "site-revoked": "The hospital is revoked",
     "no-space": "The disk is full",
     "out-of-memory": "Out of memory",
+    "trainer-stuck": "Out of memory",
     "run-unsuccessful": "A run fails or expires",
     "audit-failed": "The event log does not verify",
 }

@@ -53,6 +53,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "deadline-passed": "The deadline passed during training.",
         "out-of-memory": "The site's trainer ran out of memory.",
         "trainer-crashed": "The site's trainer ended unexpectedly.",
+        "trainer-stuck": "The site's trainer did not come up in time.",
         "device-unavailable": "The device that the site has set is not there.",
         "no-space": "The site's disk is full.",
         "wrong-optimiser-state": "The site's kept optimiser state is damaged.",

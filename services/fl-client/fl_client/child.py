@@ -34,16 +34,27 @@ from fl_client.jobs import (
     Job,
     JobEvent,
     JobKind,
+    Loading,
     Opened,
     OutOfMemory,
     Pause,
     Plan,
     Reading,
+    Ready,
     Source,
     Start,
     Started,
 )
-from fl_client.tasks import EpochProgress, LocalOptions, RoundPlan, Skipped, TrainResult, Workspace, load_task
+from fl_client.tasks import (
+    EpochProgress,
+    Judged,
+    LocalOptions,
+    RoundPlan,
+    Skipped,
+    TrainResult,
+    Workspace,
+    load_task,
+)
 from fl_client.tasks.errors import NotEnoughExamples
 from medhive.errors import InvalidInput, MedHiveError, NoSpace
 from medhive.packing import read_weights, write_weights
@@ -83,6 +94,7 @@ class Trainer:
         self._waiting: deque[Job] = deque()
         self._active: deque[tuple[Job, Steps]] = deque()
         self._workspaces: OrderedDict[str, Workspace] = OrderedDict()
+        self._loaded: set[str] = set()
         self._paused = False
 
     def give(self, command: Start | Cancel | Pause) -> None:
@@ -91,6 +103,7 @@ class Trainer:
 
     def serve(self) -> None:
         """Work for ever."""
+        self._tell(Ready())
         while True:
             self._take_commands(wait=not self._runnable())
             self._activate()
@@ -135,8 +148,7 @@ class Trainer:
         for job in list(self._waiting):
             if len(self._active) < MAX_ACTIVE and self._may_step(job):
                 self._waiting.remove(job)
-                self._tell(Started(id=job.id))
-                self._active.append((job, self._steps(job)))
+                self._active.append((job, self._begun(job)))
 
     def _slice(self, job: Job, steps: Steps) -> bool:
         """Advance one job for a while; False once it is over."""
@@ -168,6 +180,16 @@ class Trainer:
         self._tell(Failed(id=job.id, code="internal-error", message=text))
 
     # ---- the kinds of jobs ---------------------------------------------------------------------------------------
+
+    def _begun(self, job: Job) -> Steps:
+        task = job.source.task
+        # Looking at data starts quickly because it needs no heavy library.
+        if job.kind is not JobKind.CHECK and task not in self._loaded:
+            yield Loading(id=job.id)
+            load_task(task).load()
+            self._loaded.add(task)
+        yield Started(id=job.id)
+        return (yield from self._steps(job))
 
     def _steps(self, job: Job) -> Steps:
         kinds: dict[JobKind, Callable[[Job], Steps]] = {
@@ -210,8 +232,7 @@ class Trainer:
         workspace = yield from self._open(job)
         base = read_weights(_base_of(job))
         yield None
-        before = _judged(workspace, base)
-        yield None
+        before = yield from _validated(workspace, base)
         deadline = started + plan.deadline_s if plan.deadline_s else None
         result = yield from _training(job.id, workspace, base, plan, deadline=deadline)
         if plan.state_out is not None and result.optimiser_state is not None:
@@ -227,20 +248,25 @@ class Trainer:
     def _evaluate(self, job: Job) -> Steps:
         started = time.time()
         workspace = yield from self._open(job)
-        judged = _judged(workspace, read_weights(_base_of(job)))
+        judged = yield from _validated(workspace, read_weights(_base_of(job)))
         return {**judged, "training_s": time.time() - started}
 
     def _judge(self, job: Job) -> Steps:
         workspace = yield from self._open(job)
-        evaluations = {}
+        from fl_client.tasks.evaluation import compare  # noqa: PLC0415 - came with the task's own libraries
+
+        judged: dict[str, Judged] = {}
         for name, file in job.weights.items():
-            evaluations[name] = workspace.evaluate(read_weights(file), job.part).to_json()
+            judged[name] = yield from workspace.judge(read_weights(file), job.part)
+        evaluations = {}
+        for name, item in judged.items():
+            evaluations[name] = _evaluated(workspace, item).to_json()
             yield None
+        first, *others = judged
         comparisons = {}
-        first, *others = list(job.weights)
         for name in others:
-            pair = (read_weights(job.weights[first]), read_weights(job.weights[name]))
-            comparisons[name] = workspace.compare(*pair, job.part).to_json()
+            pair = (judged[first].probabilities, judged[name].probabilities)
+            comparisons[name] = compare(judged[first].labels, *pair).to_json()
             yield None
         return {
             "evaluations": evaluations,
@@ -266,13 +292,14 @@ class Trainer:
         return {**_pack(_out_of(job), weights), "fingerprint": workspace.report.fingerprint}
 
     def _predict(self, job: Job) -> Steps:
-        workspace = yield from self._open(job)
-        weights = read_weights(_base_of(job))
+        yield None
+        predictor = load_task(job.source.task).predictor(job.source.data, device=job.device)
+        tell = self._reading(job)
         found: list[dict[str, Any]] = []
-        for path in job.paths:
-            for item in workspace.predict(weights, [path]):
-                found.append({"path": str(path), **_prediction(item)})
-            yield Reading(id=job.id, done=len(found), total=len(job.paths))
+        for done, (path, items) in enumerate(predictor.predict_files(read_weights(_base_of(job)), job.paths), 1):
+            found.extend({"path": str(path), **_prediction(item)} for item in items)
+            tell(done, len(job.paths))
+            yield None
         return {"predictions": found}
 
     # ---- data ----------------------------------------------------------------------------------------------------
@@ -382,12 +409,20 @@ def _epoch(job_id: str, round_number: int, progress: EpochProgress) -> Epoch:
     return Epoch(id=job_id, round=round_number, **asdict(progress))
 
 
-def _judged(workspace: Workspace, weights: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluated(workspace: Workspace, judged: Judged) -> "Evaluation":
+    from fl_client.tasks.evaluation import evaluate  # noqa: PLC0415 - came with the task's own libraries
+
+    return evaluate(judged.labels, judged.probabilities, workspace.classes)
+
+
+def _validated(workspace: Workspace, weights: Mapping[str, Any]) -> Steps:
     """Validation metrics under their names in a contribution; nothing where the site has no validation examples."""
     try:
-        evaluation = workspace.evaluate(weights, "validation")
+        judged = yield from workspace.judge(weights, "validation")
     except NotEnoughExamples:
         return {"metrics": {}, "confusion": [], "examples": 0}
+    evaluation = _evaluated(workspace, judged)
+    yield None
     return {
         "metrics": validation_metrics(evaluation),
         "confusion": [list(row) for row in evaluation.confusion],

@@ -117,6 +117,19 @@ class JobEvent(BaseModel):
     id: str
 
 
+class Ready(JobEvent):
+    """The trainer itself has come up; this is about no job, so the id is empty."""
+
+    say: Literal["ready"] = "ready"
+    id: str = ""
+
+
+class Loading(JobEvent):
+    """The libraries that it needs are being loaded: until that has ended, the trainer can do nothing else."""
+
+    say: Literal["loading"] = "loading"
+
+
 class Started(JobEvent):
     """Work on it has begun; the clock of a deadline runs."""
 
@@ -167,8 +180,8 @@ class Failed(JobEvent):
     message: str
 
 
-Event = Annotated[Started | Reading | Opened | Epoch | Finished | Failed, Field(discriminator="say")]
-EVENT: TypeAdapter[Started | Reading | Opened | Epoch | Finished | Failed] = TypeAdapter(Event)
+Event = Annotated[Ready | Loading | Started | Reading | Opened | Epoch | Finished | Failed, Field(discriminator="say")]
+EVENT: TypeAdapter[Ready | Loading | Started | Reading | Opened | Epoch | Finished | Failed] = TypeAdapter(Event)
 
 
 class DataChanged(Conflict):
@@ -187,6 +200,12 @@ class TrainerCrashed(MedHiveError):
     """The trainer ended by itself."""
 
     code = "trainer-crashed"
+
+
+class TrainerStuck(MedHiveError):
+    """The trainer, or the libraries that it loads, did not come up in time."""
+
+    code = "trainer-stuck"
 
 
 class Cancelled(MedHiveError):

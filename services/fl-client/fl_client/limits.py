@@ -8,7 +8,9 @@ from fl_client.store import Store
 from medhive.errors import InvalidInput
 
 LIMITS = "limits"
-SMALLEST_MEMORY_BYTES = 512 * 1024 * 1024  # below this the libraries alone do not load
+# Address space, which is what the system limits, not memory in use. torch 2.13 and MONAI on one thread of a CPU take
+# 1,140 MB of it when they are loaded and up to 1,450 MB in training on small images; with less, loading may never end.
+SMALLEST_MEMORY_BYTES = 1_500_000_000
 MAX_THREADS = 1024
 
 
@@ -69,7 +71,10 @@ class Limits:
         if self.cpu_threads is not None and not 1 <= self.cpu_threads <= MAX_THREADS:
             raise InvalidInput(f"The number of CPU threads must lie between 1 and {MAX_THREADS}.")
         if self.memory_bytes is not None and self.memory_bytes < SMALLEST_MEMORY_BYTES:
-            raise InvalidInput(f"The trainer needs at least {SMALLEST_MEMORY_BYTES} bytes of memory.")
+            raise InvalidInput(
+                f"The trainer needs at least {SMALLEST_MEMORY_BYTES // 1_000_000} MB of memory: with less its libraries do "
+                "not load."
+            )
         if self.gpu_memory_fraction is not None and not 0 < self.gpu_memory_fraction <= 1:
             raise InvalidInput("The share of GPU memory must lie above 0 and at most at 1.")
 
@@ -83,7 +88,10 @@ class Limits:
     def load(cls, store: Store) -> Self:
         """The kept limits, or none."""
         kept: dict[str, Any] = store.fact(LIMITS) or {}
-        return cls(**{**kept, "hours": tuple(kept.get("hours", ()))})
+        memory = kept.get("memory_bytes")
+        # Earlier versions let less be set; with it the trainer would hang, and a node that does not start helps nobody.
+        enough = max(memory, SMALLEST_MEMORY_BYTES) if memory is not None else None
+        return cls(**{**kept, "hours": tuple(kept.get("hours", ())), "memory_bytes": enough})
 
     def save(self, store: Store) -> None:
         """Keep them; a running node takes them over within a second or two."""

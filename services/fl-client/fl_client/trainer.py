@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any
 
 import structlog
@@ -30,11 +31,13 @@ from fl_client.jobs import (
     Job,
     JobEvent,
     JobFailed,
+    Loading,
     OutOfMemory,
     Pause,
     Start,
     Started,
     TrainerCrashed,
+    TrainerStuck,
 )
 from fl_client.limits import Limits
 
@@ -43,6 +46,11 @@ CANCEL_GRACE_S = 5.0
 # A trainer that ends without having begun anything is broken; starting it for ever would only heat the room.
 MAX_FRUITLESS_STARTS = 3
 CLOSE_GRACE_S = 2.0
+# A child comes up, and loads its libraries, within seconds; giving way to all else on a busy machine, within minutes. One
+# that has too little memory may search for more until the end of time instead of failing.
+START_DEADLINE_S = 600.0
+# Rest before a child that was stuck is started again, doubled each time: what it lacked may come back meanwhile.
+FIRST_REST_S, LONGEST_REST_S = 2.0, 60.0
 # Secrets of the parent's environment that the trainer has no use for.
 WITHHELD = ("JOIN_TOKEN", "MEDHIVE_SITE_JOIN_TOKEN")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -96,14 +104,25 @@ class Ticket:
 class Trainer:
     """Supervises one child process. Safe to use from several threads."""
 
-    def __init__(self, limits: Callable[[], Limits] = Limits, command: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        limits: Callable[[], Limits] = Limits,
+        command: tuple[str, ...] | None = None,
+        *,
+        start_deadline_s: float = START_DEADLINE_S,
+    ) -> None:
         """Start nothing yet: the first job starts the child.
 
         Args:
             limits: asked at every start of the child.
             command: the child's command line without its setup; this interpreter's `fl_client.child` when left out.
+            start_deadline_s: within which the child must come up, and each task's libraries must be loaded.
         """
         self._limits = limits
+        self._start_deadline_s = start_deadline_s
+        self._watchdog: threading.Timer | None = None
+        self._stuck = False
+        self._rest_s = 0.0
         self._command = command or (sys.executable, "-m", "fl_client.child")
         self._tickets: dict[str, Ticket] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -205,6 +224,7 @@ class Trainer:
             with self._change:
                 while not self._closed and not self._tickets:
                     self._change.wait()
+                self._change.wait_for(lambda: self._closed, timeout=self._rest_s)
                 if self._closed:
                     return
                 process = self._spawn()
@@ -229,9 +249,28 @@ class Trainer:
             env=child_environment(os.environ, limits),
         )
         self._process, self._applied, self._killed_on_purpose = process, limits, False
+        self._arm(process)
         if self._paused:
             self._tell(Pause(paused=True))
         return process
+
+    def _arm(self, process: subprocess.Popen[bytes]) -> None:
+        """From now on the child must get on in time: it is coming up, or loads libraries."""
+        self._disarm()
+        self._watchdog = threading.Timer(self._start_deadline_s, self._give_up, (process,))
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    def _disarm(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+
+    def _give_up(self, process: subprocess.Popen[bytes]) -> None:
+        with self._change:
+            if self._watchdog is threading.current_thread():
+                self._stuck = True
+                process.kill()
 
     def _stale(self) -> bool:
         wanted, applied = self._limits(), self._applied
@@ -251,10 +290,14 @@ class Trainer:
 
     def _take(self, event: JobEvent) -> None:
         with self._change:
+            if isinstance(event, Loading) and self._process is not None:
+                self._arm(self._process)
+            else:
+                self._disarm()
             ticket = self._tickets.get(event.id)
             if ticket is None:
                 return
-            if isinstance(event, Started):
+            if isinstance(event, Loading | Started):
                 ticket.started = True
                 self._fruitless = 0
         ticket.listener(event)
@@ -267,6 +310,9 @@ class Trainer:
         """Decide what becomes of the jobs of a child that has ended."""
         with self._change:
             self._process = None
+            self._disarm()
+            stuck, self._stuck = self._stuck, False
+            self._rest_s = min(2 * self._rest_s or FIRST_REST_S, LONGEST_REST_S) if stuck else 0.0
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     with contextlib.suppress(OSError):
@@ -278,12 +324,12 @@ class Trainer:
                 ticket.started = ticket.sent = False
             if self._killed_on_purpose or process.returncode == EXIT_OUT_OF_MEMORY:
                 return
-            log.warning("trainer.ended", returncode=process.returncode, active=len(active))
-            self._blame(active, process.returncode)
+            log.warning("trainer.ended", returncode=process.returncode, active=len(active), stuck=stuck)
+            self._blame(active, self._being_stuck if stuck else partial(_death_of, returncode=process.returncode))
 
-    def _blame(self, active: list[Ticket], returncode: int) -> None:
+    def _blame(self, active: list[Ticket], reason: Callable[[Ticket], Failed]) -> None:
         if len(active) == 1 and active[0].suspect:
-            self._settle(active[0], _death_of(active[0], returncode))
+            self._settle(active[0], reason(active[0]))
         elif active:
             for ticket in active:
                 ticket.suspect = True
@@ -292,7 +338,14 @@ class Trainer:
             if self._fruitless >= MAX_FRUITLESS_STARTS:
                 self._fruitless = 0
                 for ticket in list(self._tickets.values()):
-                    self._settle(ticket, _death_of(ticket, returncode))
+                    self._settle(ticket, reason(ticket))
+
+    def _being_stuck(self, ticket: Ticket) -> Failed:
+        text = (
+            f"The trainer did not come up within {self._start_deadline_s:.0f} s and was ended, most likely for want of "
+            "memory; give it more with `medhive-site settings --memory-mb`, or end other programs."
+        )
+        return Failed(id=ticket.job.id, code=TrainerStuck.code, message=text)
 
     def _settle(self, ticket: Ticket, outcome: Finished | Failed) -> None:
         self._tickets.pop(ticket.job.id, None)
