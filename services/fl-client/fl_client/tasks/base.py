@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +91,35 @@ class DataReport:
     duplicates: tuple[tuple[str, str], ...]
     groups: int | None
     fingerprint: str
+
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        study: StudyData,
+        secret: bytes,
+        examples: Sequence[tuple[int, Part, str]],
+        *,
+        skipped: Sequence[Skipped],
+        duplicates: Sequence[tuple[str, str]],
+        groups: int | None,
+    ) -> Self:
+        """Count examples, each given by the index of its class, its part and the SHA-256 of its content."""
+
+        def count(wanted: Part | None) -> dict[str, int]:
+            found = Counter(label for label, part, _digest in examples if wanted in {None, part})
+            return {name: found[label] for label, name in enumerate(study.classes)}
+
+        return cls(
+            task=task,
+            examples=len(examples),
+            classes=count(None),
+            parts={part: count(part) for part in PARTS},
+            skipped=tuple(skipped),
+            duplicates=tuple(duplicates),
+            groups=groups,
+            fingerprint=fingerprint(secret, [(study.classes[label], digest) for label, _part, digest in examples]),
+        )
 
     def counts_by_reason(self) -> dict[str, int]:
         """Reason → number of examples; without names, so that it may stand in a consent."""

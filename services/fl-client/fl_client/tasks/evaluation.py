@@ -5,6 +5,7 @@ two-sided 95%: Wilson's for proportions (Wilson 1927), DeLong's for the area und
 a bootstrap over examples for macro F1, which has no closed form.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest, rankdata
 from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score, log_loss, roc_auc_score
 
+from fl_client.tasks.base import Judging, Part, Weights, completed
 from fl_client.tasks.errors import NotEnoughExamples
 
 Floats = npt.NDArray[np.float64]
@@ -149,6 +151,26 @@ def compare(labels: Labels, first: Floats, second: Floats) -> Comparison:
     p = float(binomtest(min(b, c), b + c).pvalue) if b + c else 1.0
     low, high = max(-1.0, float(centre - spread)), min(1.0, float(centre + spread))
     return Comparison(n, Estimate((b - c) / n, low, high), b, c, p)
+
+
+class InOneGo(ABC):
+    """What a workspace that judges step by step offers to who has the time; `base.Workspace` describes the methods."""
+
+    classes: tuple[str, ...]
+
+    @abstractmethod
+    def judge(self, weights: Weights, part: Part) -> Judging:
+        """Have a model look at one part of the data, step by step."""
+
+    def evaluate(self, weights: Weights, part: Part) -> Evaluation:
+        """Judge `weights` on one part of the data."""
+        judged = completed(self.judge(weights, part))
+        return evaluate(judged.labels, judged.probabilities, self.classes)
+
+    def compare(self, first: Weights, second: Weights, part: Part) -> Comparison:
+        """Judge two models on the same examples."""
+        one, other = (completed(self.judge(weights, part)) for weights in (first, second))
+        return compare(one.labels, one.probabilities, other.probabilities)
 
 
 def wilson(hits: int, n: int) -> Estimate:

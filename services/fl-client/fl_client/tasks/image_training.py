@@ -41,7 +41,6 @@ from fl_client.tasks.base import (
     Training,
     TrainResult,
     Weights,
-    completed,
 )
 from fl_client.tasks.errors import (
     DeadlinePassed,
@@ -51,7 +50,7 @@ from fl_client.tasks.errors import (
     UnreadableExample,
     WrongOptimiserState,
 )
-from fl_client.tasks.evaluation import Comparison, Evaluation, compare, evaluate
+from fl_client.tasks.evaluation import InOneGo
 from fl_client.tasks.images import ImageOptions, UInt8, read_image, scan_folder
 from fl_client.tasks.models import build_model, export_weights, load_backbone, load_weights
 from medhive.spec import StudyData
@@ -219,7 +218,7 @@ class ImageModel:
         return Prediction(path.name, {name: float(p) for name, p in zip(self.classes, row, strict=True)})
 
 
-class ImageWorkspace:
+class ImageWorkspace(InOneGo):
     """A site's images in memory; `fl_client.tasks.base.Workspace` describes the methods."""
 
     def __init__(
@@ -272,16 +271,6 @@ class ImageWorkspace:
             batches.append(self._model.probabilities(model, self.pixels(chunk)))
             yield None
         return Judged(self._labels[indices].numpy(), np.concatenate(batches))
-
-    def evaluate(self, weights: Weights, part: Part) -> Evaluation:
-        """Judge `weights` on one part of the data."""
-        judged = completed(self.judge(weights, part))
-        return evaluate(judged.labels, judged.probabilities, self.classes)
-
-    def compare(self, first: Weights, second: Weights, part: Part) -> Comparison:
-        """Judge two models on the same examples."""
-        one, other = (completed(self.judge(weights, part)) for weights in (first, second))
-        return compare(one.labels, one.probabilities, other.probabilities)
 
     def predict_files(
         self, weights: Weights, paths: Sequence[Path]

@@ -21,13 +21,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from fl_client.tasks.base import (
-    PARTS,
     DataReport,
     LocalOptions,
     OnProgress,
     Part,
     Skipped,
-    fingerprint,
     part_of,
 )
 from fl_client.tasks.errors import (
@@ -170,7 +168,11 @@ def scan_folder(
     entries = tuple(_entry(file, digest, study, secret) for digest, file in read.items())
     _require_enough(entries, study, options)
     groups = len({file.group for file in read.values()}) if _grouped(options, local) else None
-    return Scan(entries, _report(entries, study, secret, skipped=skipped, duplicates=duplicates, groups=groups))
+    examples = [(entry.label, entry.part, entry.digest) for entry in entries]
+    report = DataReport.of(
+        "image-folder", study, secret, examples, skipped=skipped, duplicates=duplicates, groups=groups
+    )
+    return Scan(entries, report)
 
 
 def decode(content: bytes, channels: int) -> UInt8:
@@ -374,28 +376,3 @@ def _require_enough(entries: tuple[Entry, ...], study: StudyData, options: Image
             "validation; each needs at least one. Add images (with patient groups: patients).",
             examples=len(entries),
         )
-
-
-def _report(
-    entries: tuple[Entry, ...],
-    study: StudyData,
-    secret: bytes,
-    *,
-    skipped: list[Skipped],
-    duplicates: list[tuple[str, str]],
-    groups: int | None,
-) -> DataReport:
-    def count(part: Part | None) -> dict[str, int]:
-        found = Counter(entry.label for entry in entries if part in {None, entry.part})
-        return {name: found[label] for label, name in enumerate(study.classes)}
-
-    return DataReport(
-        task="image-folder",
-        examples=len(entries),
-        classes=count(None),
-        parts={part: count(part) for part in PARTS},
-        skipped=tuple(skipped),
-        duplicates=tuple(duplicates),
-        groups=groups,
-        fingerprint=fingerprint(secret, [(study.classes[entry.label], entry.digest) for entry in entries]),
-    )

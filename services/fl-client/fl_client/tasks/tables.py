@@ -8,7 +8,7 @@ import csv
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_client.tasks.base import (
-    PARTS,
     DataReport,
     LocalOptions,
     OnProgress,
     Part,
     Skipped,
-    fingerprint,
     part_of,
 )
 from fl_client.tasks.errors import (
@@ -158,7 +156,16 @@ def read_table(
     ordered = sorted(rows, key=lambda row: row.digest)
     parts = [_part(row, study, secret) for row in ordered]
     _require_enough(ordered, parts, study, options)
-    report = _report(ordered, parts, study, secret, skipped=skipped, duplicates=duplicates)
+    grouped = any(row.group is not None for row in ordered)
+    report = DataReport.of(
+        "tabular",
+        study,
+        secret,
+        [(row.label, part, row.digest) for row, part in zip(ordered, parts, strict=True)],
+        skipped=skipped,
+        duplicates=duplicates,
+        groups=len({row.group for row in ordered}) if grouped else None,
+    )
     return Table(
         features,
         np.array([row.values for row in ordered], dtype=np.float64).reshape(len(ordered), len(features.names)),
@@ -390,29 +397,3 @@ def _require_enough(rows: list[_Row], parts: list[Part], study: StudyData, optio
             "each needs at least one. Add rows, or look at check-data's reasons for those skipped.",
             examples=len(rows),
         )
-
-
-def _report(
-    rows: list[_Row],
-    parts: list[Part],
-    study: StudyData,
-    secret: bytes,
-    *,
-    skipped: list[Skipped],
-    duplicates: list[tuple[str, str]],
-) -> DataReport:
-    def count(wanted: Part | None) -> Mapping[str, int]:
-        found = Counter(row.label for row, part in zip(rows, parts, strict=True) if wanted in {None, part})
-        return {name: found[label] for label, name in enumerate(study.classes)}
-
-    grouped = any(row.group is not None for row in rows)
-    return DataReport(
-        task="tabular",
-        examples=len(rows),
-        classes=count(None),
-        parts={part: count(part) for part in PARTS},
-        skipped=tuple(skipped),
-        duplicates=tuple(duplicates),
-        groups=len({row.group for row in rows}) if grouped else None,
-        fingerprint=fingerprint(secret, [(study.classes[row.label], row.digest) for row in rows]),
-    )

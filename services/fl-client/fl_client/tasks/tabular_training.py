@@ -35,7 +35,6 @@ from fl_client.tasks.base import (
     Training,
     TrainResult,
     Weights,
-    completed,
 )
 from fl_client.tasks.errors import (
     DataFolderMissing,
@@ -44,7 +43,7 @@ from fl_client.tasks.errors import (
     TrainingDiverged,
     WrongColumns,
 )
-from fl_client.tasks.evaluation import Comparison, Evaluation, compare, evaluate
+from fl_client.tasks.evaluation import InOneGo, evaluate
 from fl_client.tasks.models import require_same_layout
 from fl_client.tasks.tables import Features, Table, TableOptions, read_features, read_table, table_format
 from medhive.spec import StudyData
@@ -175,7 +174,7 @@ class TabularModel:
         return probabilities
 
 
-class TabularWorkspace(TabularModel):
+class TabularWorkspace(TabularModel, InOneGo):
     """A site's table in memory; `fl_client.tasks.base.Workspace` describes the methods."""
 
     def __init__(self, table: Table, study: StudyData) -> None:
@@ -217,16 +216,6 @@ class TabularWorkspace(TabularModel):
         probabilities = self._probabilities(weights, self._table.values[rows])
         yield None
         return Judged(self._table.labels[rows], probabilities)
-
-    def evaluate(self, weights: Weights, part: Part) -> Evaluation:
-        """Judge `weights` on one part of the rows."""
-        judged = completed(self.judge(weights, part))
-        return evaluate(judged.labels, judged.probabilities, self.classes)
-
-    def compare(self, first: Weights, second: Weights, part: Part) -> Comparison:
-        """Judge two models on the same rows."""
-        one, other = (completed(self.judge(weights, part)) for weights in (first, second))
-        return compare(one.labels, one.probabilities, other.probabilities)
 
     def _rows(self, part: Part) -> npt.NDArray[np.bool_]:
         rows: npt.NDArray[np.bool_] = self._table.parts == part
