@@ -66,8 +66,6 @@ STATUS: Mapping[RunState, str] = {
 RUN_TAG, VERSION_TAG = "medhive.run_id", "medhive.version"
 NOTE = "mlflow.note.content"
 """The tag that MLflow's pages show as a description, in Markdown."""
-KIND: Mapping[str, str] = {"mlflow.experimentKind": "custom_model_development"}
-"""Has MLflow's pages open a study as trained models, not as prompts and traces."""
 READING_NOTE = (
     "Step *n* of a metric `val_...` is the model after *n* rounds, on the sites' validation parts; step *n* of every other "
     "metric is what happened in round *n*. Round 0 prepares the run. What begins with `site/<name>/` is one site's."
@@ -232,7 +230,7 @@ class Tracker:
     def _experiment(self, study: str) -> str:
         experiment = self._mlflow.get_experiment_by_name(study)
         if experiment is None:
-            return str(self._mlflow.create_experiment(study, tags={NOTE: experiment_note(study), **KIND}))
+            return str(self._mlflow.create_experiment(study, tags={NOTE: experiment_note(study)}))
         if experiment.lifecycle_stage == "deleted":
             self._mlflow.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
