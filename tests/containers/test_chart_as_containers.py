@@ -36,7 +36,10 @@ DEADLINE_S: Final = 600.0
 GROUP: Final = "10001"
 PUBLIC: Final = "medhive.example.org"
 STUDY: Final = "brain-mri"
+# Of its own, so that no other test's images are replaced.
+TAG: Final = "0.1.0-chart"
 VALUES: Final[dict[str, Any]] = {
+    "image": {"tag": TAG},
     "coordinator": {"publicAddress": f"{PUBLIC}:8443"},
     "site": {
         "enabled": True,
@@ -133,7 +136,7 @@ class Node:
             if name not in self.volumes:
                 self.volumes.add(name)
                 docker("volume", "create", name)
-                docker("run", "--rm", "--user", "0", *words, "medhive/proxy:0.1.0", "-c", script)
+                docker("run", "--rm", "--user", "0", *words, f"medhive/proxy:{TAG}", "-c", script)
 
     def well(self, part: str, container: Document, kind: str) -> bool:
         """Whether a probe passes now."""
@@ -187,7 +190,7 @@ def images(engine: object) -> None:
     """All five, with the names that the chart gives them."""
     for name, file in IMAGES.items():
         docker(
-            "build", "--quiet", "--tag", f"medhive/{name}:0.1.0", "--file", file, str(ROOT), deadline_s=BUILD_DEADLINE_S
+            "build", "--quiet", "--tag", f"medhive/{name}:{TAG}", "--file", file, str(ROOT), deadline_s=BUILD_DEADLINE_S
         )
 
 
