@@ -241,7 +241,7 @@ def _class_folders(
         if name not in folders:
             raise UnknownClass(
                 f"The study has no class {name!r} (folder {path}); its classes are {', '.join(study.classes)}. Rename "
-                f"the folder, move it away, or map it: class_map {path.name}=<class of the study>.",
+                f"the folder, move it away, or map it with --class {path.name}=<class of the study>.",
                 found=path.name,
                 classes=list(study.classes),
             )
@@ -249,7 +249,7 @@ def _class_folders(
     missing = [name for name, paths in folders.items() if not paths]
     if missing and not options.allow_missing_classes:
         raise MissingClass(
-            f"{data_dir} has no folder for {', '.join(missing)}. Add it, map a local folder to it with class_map, or "
+            f"{data_dir} has no folder for {', '.join(missing)}. Add it, map a local folder to it with --class, or "
             "have the study set the option allow_missing_classes.",
             missing=missing,
         )
