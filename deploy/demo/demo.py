@@ -308,7 +308,8 @@ def keep_running(stack: Stack) -> None:
     """Say where everything is, and wait for Ctrl-C."""
     title("Left running")
     say(f"gateway  {stack.url} (CA: {stack.ca_file})")
-    say(f"MLflow   {stack.mlflow_url}")
+    # Without the query MLflow opens on its pages for prompts and traces, where MedHive has nothing.
+    say(f"MLflow   {stack.mlflow_url}/#/experiments?workflowType=machine_learning")
     say(f"medhive-admin: export MEDHIVE_ADMIN_CONFIG={stack.admin_env()['MEDHIVE_ADMIN_CONFIG']}")
     for name, program in stack.programs.items():
         say(f"{name}: process {program.pid}, log {program.log}")
