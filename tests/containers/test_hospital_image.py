@@ -300,6 +300,17 @@ def test_it_takes_part_and_a_new_container_goes_on_as_the_same_hospital(
     assert settings["JOIN_TOKEN"] not in log_of(second)
 
 
+def test_a_disk_that_fills_up_ends_the_hospital_with_its_sentence(start: Start, stack: Stack, scans: Path) -> None:
+    words = ("-e", f"SERVER_ADDRESS={stack.url}", "-e", "CLIENT_ID=tight", "-e", f"JOIN_TOKEN={invite(stack, 'tight')}")
+    container = start("-v", f"{scans}:/data:ro", "--tmpfs", "/state:size=8m,mode=0700,uid=10001", *words)
+    wait_for(container, "connected to the fleet")
+    # It ends as soon as it notices, perhaps before this command does.
+    docker("exec", container, "sh", "-c", "cat /dev/zero > /state/filler", check=False)
+    assert docker("wait", container).stdout.strip() == str(int(Exit.DISK_FULL))
+    assert "The disk that holds /state is full; free some space." in log_of(container)
+    assert f"[exit code {int(Exit.DISK_FULL)}]" in log_of(container)
+
+
 def fix_split(volume: str) -> None:
     """Give a hospital its secret before it joins, so that a few images fall into the same parts in every run of the test."""
     code = (

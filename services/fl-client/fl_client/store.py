@@ -5,9 +5,11 @@ and closes it: nothing is cached, nothing is shared between threads, and a proce
 the new row. A reply is written here before it is sent; `synchronous=FULL` makes that mean what it says.
 """
 
+import errno
 import json
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from medhive.spec import RunSpec
 from medhive.wire import Head, Manifest
 
 BUSY_TIMEOUT_S = 30.0  # another process holds the file for milliseconds; half a minute means that something is broken
+PROBE_BYTES = 64 * 1024  # twice what SQLite's shared memory takes, without which it opens nothing
 
 # One script per schema version, applied in order; a script that was released is never edited.
 MIGRATIONS: tuple[str, ...] = (
@@ -203,20 +206,12 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-        connection.row_factory = sqlite3.Row
-        try:
+        with self._reading() as connection:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            if "full" in str(error):
-                raise NoSpace(f"The disk that holds {self.path.parent} is full; free some space.") from error
-            raise
-        finally:
-            connection.close()
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -224,8 +219,22 @@ class Store:
         connection.row_factory = sqlite3.Row
         try:
             yield connection
+        except sqlite3.OperationalError as error:
+            if "full" in str(error) or not self._has_room():
+                raise NoSpace(f"The disk that holds {self.path.parent} is full; free some space.") from error
+            raise
         finally:
             connection.close()
+
+    def _has_room(self) -> bool:
+        """On a full disk SQLite cannot even read, and calls that an I/O error; writing a little tells the two apart."""
+        try:
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                file.write(bytes(PROBE_BYTES))
+                file.flush()
+        except OSError as error:
+            return error.errno not in (errno.ENOSPC, errno.EDQUOT)
+        return True
 
     def _inside(self, file: Path | None) -> str | None:
         """A file's name relative to the state folder, which may be moved as a whole."""
