@@ -388,6 +388,23 @@ def test_it_waits_for_the_coordinator_keeps_the_token_to_itself_and_stops_at_onc
     assert "Traceback" not in program.text()
 
 
+def test_what_does_not_end_by_itself_is_cut_off(tmp_path: Path) -> None:
+    code = (
+        "import signal, time; from fl_client.container.__main__ import end_in_time; end_in_time(); "
+        "signal.signal(signal.SIGTERM, lambda *_: None); print('deaf', flush=True)\n"
+        "while True: time.sleep(60)"
+    )
+    program = Program("deaf", [sys.executable, "-c", code], environment(tmp_path), tmp_path / "log").start()
+    try:
+        program.wait_for("deaf")
+        os.kill(program.pid, signal.SIGTERM)
+        assert program.process is not None
+        assert program.process.wait(10) == Exit.TERMINATED
+    finally:
+        program.stop()
+    assert "is resumed at the next start" in program.text()
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A real gateway with an admin, and no hospital yet."""
