@@ -37,7 +37,9 @@ def recorded(world: World, run_id: str) -> dict[str, list[tuple[int, float]]]:
     """Every metric that the gateway holds of a run: by round, and the sites' verdict on the final weights."""
     rounds = [RoundAnswer.model_validate(row) for row in world.admin.get(f"{API}/runs/{run_id}/rounds")]
     values = {(item.name, item.step): item.value for row in rounds for item in round_values(row)}
-    values |= {(name, ROUNDS): value for name, value in world.run(run_id).metrics.items()}
+    run = world.run(run_id)
+    values |= {(name, ROUNDS): value for name, value in run.metrics.items()}
+    values |= {(f"site/{item.site}/{name}", ROUNDS): v for item in run.sites for name, v in item.metrics.items()}
     names = {name for name, _ in values}
     return {
         wanted: sorted((step, value) for (name, step), value in values.items() if name == wanted) for wanted in names

@@ -93,7 +93,7 @@ ROWS: Final[Mapping[str, tuple[str, ...]]] = {
         "fl_client/test_node.py::test_a_round_is_trained_once_and_answered_again",
     ),
     "the trainer child out of memory": (
-        "integration/test_main_job.py::test_a_trainer_without_memory_says_so_and_the_next_one_works",
+        "integration/test_main_job.py::test_less_memory_than_the_trainer_needs_is_refused",
         "fl_client/test_trainer.py::test_a_job_without_memory_is_answered_with_the_reason",
         "fl_client/test_node.py::test_a_killed_trainer_is_answered_and_the_next_round_works",
     ),

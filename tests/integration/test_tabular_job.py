@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from whole_world import PATIENT, PEOPLE, SITES, TABLE_STUDY, WholeWorld
+from whole_world import PATIENT, PEOPLE, SITES, TABLE_STUDY, WholeWorld, content_of
 
 from fl_client.tasks.tables import Table, read_table
 from fl_client.tasks.tabular_training import Moments
@@ -83,7 +83,7 @@ def test_scaling_uses_the_moments_of_all_hospitals_and_no_row_left_one(whole: Wh
     }
     file_name = f"{PATIENT}-ward.data".encode()
     files = [path for path in (whole.stack.folder / "coordinator").rglob("*") if path.is_file()]
-    assert not [path for path in files if file_name in path.read_bytes()]
+    assert not [path for path in files if file_name in content_of(path)]
 
 
 def test_a_hospital_accepts_and_predicts_row_by_row(whole: WholeWorld, fitted: Fitted, tmp_path: Path) -> None:

@@ -161,6 +161,14 @@ class WholeWorld:
         return found
 
 
+def content_of(path: Path) -> bytes:
+    """What a file holds; nothing when a service, which goes on working, has removed it meanwhile."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
 def make_patient_images(folder: Path, per_class: int, seed: int) -> Path:
     """Phantoms whose file names hold a patient's name."""
     make_phantoms(folder, per_class, seed)
