@@ -169,9 +169,15 @@ def test_the_mark_is_written_at_once_only_when_the_words_change(tmp_path: Path) 
     assert (tmp_path / NAME).read_text() == "two"
 
 
-def test_the_check_needs_neither_the_package_nor_site() -> None:
-    done = subprocess.run([sys.executable, "-I", "-S", health_file], capture_output=True, text=True, check=False)
+def test_the_check_needs_neither_the_package_nor_site(tmp_path: Path) -> None:
+    check = [sys.executable, "-I", "-S", health_file, str(tmp_path)]
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    Pulse((str(tmp_path),)).beat("connected to the fleet")
+    os.utime(tmp_path / NAME, (0, 0))
+    hangs = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert hangs.returncode == 1
+    assert hangs.stdout.startswith("connected to the fleet")
 
 
 class Clock:
