@@ -47,3 +47,26 @@ def test_beyond_loopback_it_wants_a_certificate_or_a_proxy(serve: ModuleType, tm
     tls = {"MEDHIVE_MLFLOW_TLS_CERT": "a.crt", "MEDHIVE_MLFLOW_TLS_KEY": "a.key"}
     assert "--ssl-certfile a.crt --ssl-keyfile a.key" in serve.command({**environment, **tls})[-1]
     assert serve.command({**environment, "MEDHIVE_MLFLOW_BEHIND_PROXY": "1"})
+
+
+def with_logins(folder: Path) -> dict[str, str]:
+    environment = {"MEDHIVE_MLFLOW_STATE_DIR": str(folder / "state")}
+    for name in ("WRITER_PASSWORD", "READER_PASSWORD", "COOKIE_SECRET"):
+        file = folder / name
+        file.write_text(f"{name.lower()}-of-this-test\n")
+        environment[f"MEDHIVE_MLFLOW_{name}_FILE"] = str(file)
+    return environment
+
+
+def test_logins_come_from_files_and_stand_on_no_command_line(serve: ModuleType, tmp_path: Path) -> None:
+    environment = with_logins(tmp_path)
+    argv = serve.command(environment)
+    assert "basic-auth" in argv
+    assert "of-this-test" not in " ".join(argv)
+    started = serve.environment_of_server(environment)
+    assert started["MLFLOW_AUTH_ADMIN_PASSWORD"] == "writer_password-of-this-test"
+    assert "of-this-test" not in Path(started["MLFLOW_AUTH_CONFIG_PATH"]).read_text("utf-8")
+    assert "basic-auth" not in serve.command({"MEDHIVE_MLFLOW_STATE_DIR": str(tmp_path / "state")})
+    del environment["MEDHIVE_MLFLOW_READER_PASSWORD_FILE"]
+    with pytest.raises(serve.Misconfigured, match="MEDHIVE_MLFLOW_READER_PASSWORD_FILE"):
+        serve.command(environment)

@@ -23,6 +23,7 @@ from medhive.wire import Login
 REMEMBERED_S = 60.0  # how long a changed password or a disabled account may still look
 REMEMBERED = 1000  # logins at one time
 MAX_HEADER = 2048
+NO_CONTENT = 204
 READERS = (Role.ADMIN, Role.ANALYST)
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="MedHive", charset="UTF-8"'}
 
@@ -50,9 +51,6 @@ class Remembered:
                 self._roles.popitem(last=False)
 
 
-_NO_CONTENT = 204
-
-
 @router.get("/internal/mlflow-access")
 def mlflow_access(request: Request, call: CallDep) -> Response:
     """204 for an admin or an analyst, by name and password (RFC 7617)."""
@@ -68,7 +66,7 @@ def mlflow_access(request: Request, call: CallDep) -> Response:
         remembered.put(key, role)
     if role not in READERS:
         raise NotAllowed("Only admins and analysts may look at MLflow.")
-    return Response(status_code=_NO_CONTENT)
+    return Response(status_code=NO_CONTENT)
 
 
 def _credentials(header: str) -> Login:
