@@ -154,7 +154,7 @@ def test_invites_are_made_listed_and_made_void(world: CommandWorld, tmp_path: Pa
     shown = world.stack.admin("invite", "west", "--study", STUDY, "--out", str(file))
     token = file.read_text().strip()
     assert file.stat().st_mode & 0o777 == 0o600
-    assert token.startswith("mh1.")
+    assert token.startswith("mh2.")
     assert token not in shown
     number = value_of(shown, "invite")
     assert "west" in world.stack.admin("invite", "--list")

@@ -82,10 +82,17 @@ def test_an_expired_invite_is_refused(world: World) -> None:
 
 
 def test_a_forged_invite_is_refused(applicant: Applicant) -> None:
-    prefix, _, fingerprint = applicant.token.split(".")
-    applicant.token = f"{prefix}.{'A' * 43}.{fingerprint}"
+    prefix, _, *rest = applicant.token.split(".")
+    own = applicant.body()
+    applicant.token = ".".join([prefix, "A" * 43, *rest])
     with pytest.raises(NotAllowed, match="unknown"):
         applicant.send(applicant.body())
+    with pytest.raises(BadSignature):
+        applicant.send(own.model_copy(update={"invite_signature": applicant.body().invite_signature}))
+
+
+def test_an_invite_is_never_sent(applicant: Applicant) -> None:
+    assert applicant.token.split(".")[1] not in applicant.body().model_dump_json()
 
 
 def test_an_invite_for_another_site_is_refused(applicant: Applicant) -> None:
@@ -234,7 +241,7 @@ def test_too_many_refused_joins_must_wait(tmp_path: Path) -> None:
     with running_gateway(tmp_path / "state") as gateway, gateway.http() as http:
         world = World(gateway, tmp_path)
         applicant = Applicant(world)
-        applicant.token = f"mh1.{'B' * 43}.x"
+        applicant.token = f"mh2.{'B' * 43}.x"
         body = applicant.body().model_dump_json()
         answers = [http.post("/join", content=body, headers=JSON).status_code for _ in range(25)]
         assert answers == [403] * 20 + [429] * 5

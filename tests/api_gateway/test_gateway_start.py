@@ -114,6 +114,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, failed_start: FailedStart)
     assert "MEDHIVE_GATEWAY_DATABASE_URL" in said and "secret-word" not in said
     missing = str(tmp_path / "missing")
     assert "ADMIN_PASSWORD_FILE" in failed_start(admin_password_file=missing)
+    assert "OWN_CERT_FILE" in failed_start(own_cert_file=missing)
     short = tmp_path / "short"
     short.write_text("short")
     assert "12" in failed_start(admin_password_file=str(short))

@@ -25,7 +25,7 @@ BUILD_DEADLINE_S: Final = 1800.0
 DEADLINE_S: Final = 240.0
 STOP_S: Final = 5.0
 USER: Final = 10001
-TOKEN: Final = "mh1." + "A" * 43 + "." + "A" * 43
+TOKEN: Final = "mh2." + "A" * 43 + "." + "A" * 43 + ".pinned"
 STUDY: Final = "brain-mri"
 HARDENED: Final = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")  # noqa: S108
 PACKAGES: Final = Path(__file__).with_name("hospital_packages.txt")
@@ -192,7 +192,7 @@ GOOD_STATE: Final = ("-v", "{volume}:/state")
     [
         pytest.param((*GOOD_DATA, *GOOD_STATE), Exit.SETTING, "CLIENT_ID, JOIN_TOKEN: missing", id="settings"),
         pytest.param(
-            (*GOOD_DATA, *GOOD_STATE, *SETTINGS, "-e", "JOIN_TOKEN=mh1.no"),
+            (*GOOD_DATA, *GOOD_STATE, *SETTINGS, "-e", "JOIN_TOKEN=mh2.no"),
             Exit.INVITE,
             "join token is not one",
             id="token",

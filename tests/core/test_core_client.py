@@ -11,11 +11,16 @@ import pytest
 from medhive import client, errors
 from medhive.client import KNOWN_ERRORS, GatewayClient, RemoteError, Trust, introduce
 from medhive.errors import InvalidInput, MedHiveError, Unavailable, Unreachable
-from medhive.wire import API, CoordinatorAnswer
+from medhive.signing import SigningKey, sign
+from medhive.wire import API, AddressTrust, CoordinatorAnswer, IntroductionBody
 
+NOW = datetime(2026, 11, 1, tzinfo=UTC)
+BODY = IntroductionBody(
+    authorities=("PEM",), address_trust=AddressTrust.PINNED, fleet_address="here:1", nonce="", issued_at=NOW
+)
 SELF = CoordinatorAnswer(
     name="Here", version="1.0", protocol=1, oldest_protocol=1, key_id="0" * 16, public_key="key", ca_certificate="PEM",
-    time=datetime(2026, 11, 1, tzinfo=UTC),
+    time=NOW, introduction=sign(BODY, SigningKey.generate()),
 )  # fmt: skip
 HTML = b"<html><body>It works!</body></html>"
 
@@ -65,7 +70,7 @@ def test_an_address_says_who_it_is_and_is_told_nothing(address: Address) -> None
     address.body = SELF.model_dump_json().encode()
     assert introduce(address.url) == SELF
     [(path, headers)] = address.asked
-    assert path == f"{API}/coordinator" and "Authorization" not in headers
+    assert path == f"{API}/coordinator?nonce=" and "Authorization" not in headers
 
 
 @pytest.mark.parametrize(

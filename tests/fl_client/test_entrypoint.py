@@ -44,7 +44,7 @@ from medhive.errors import (
 )
 
 ROOT = Path(__file__).parents[2]
-TOKEN = "mh1." + "A" * 43 + "." + "A" * 43
+TOKEN = "mh2." + "A" * 43 + "." + "A" * 43 + ".pinned"
 ENTRY = [sys.executable, "-P", "-m", "fl_client.container"]
 
 

@@ -103,15 +103,15 @@ def test_the_outbox_keeps_its_order(store: Store) -> None:
 
 def test_settings_come_from_short_or_long_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     token = tmp_path / "token"
-    token.write_text("mh1.a.b\n")
+    token.write_text("mh2.a.b\n")
     monkeypatch.setenv("SERVER_ADDRESS", "https://a.example, b.example/")
     monkeypatch.setenv("CLIENT_ID", "north")
     monkeypatch.setenv("MEDHIVE_SITE_CLIENT_ID", "south")
-    monkeypatch.setenv("JOIN_TOKEN", "mh1.secret.token")
+    monkeypatch.setenv("JOIN_TOKEN", "mh2.secret.token")
     settings = Settings()
     assert settings.addresses == ("https://a.example", "https://b.example")
     assert settings.client_id == "south"
-    assert settings.read_join_token() == "mh1.secret.token"
+    assert settings.read_join_token() == "mh2.secret.token"
     assert "secret" not in repr(settings)
     monkeypatch.setenv("MEDHIVE_SITE_JOIN_TOKEN_FILE", str(token))
-    assert Settings().read_join_token() == "mh1.a.b"
+    assert Settings().read_join_token() == "mh2.a.b"

@@ -398,7 +398,7 @@ def alive(process: int | None) -> bool:
 
 
 def test_the_childs_environment_has_the_threads_and_no_invite() -> None:
-    environment = child_environment({"JOIN_TOKEN": "mh1.secret", "PATH": "/bin"}, Limits(cpu_threads=3))
+    environment = child_environment({"JOIN_TOKEN": "mh2.secret", "PATH": "/bin"}, Limits(cpu_threads=3))
     assert environment == {
         "PATH": "/bin",
         "OMP_NUM_THREADS": "3",

@@ -289,6 +289,10 @@ def test_an_own_certificate_is_shown_by_the_proxy() -> None:
         volume = volume_of(proxy, "tls")
         assert volume["secret"]["secretName"] == secret
         assert environment_of(proxy)["TLS_CERT_FILE"] == "/tls/tls.crt"
+        gateway = workloads(case)["gateway"]
+        assert environment_of(gateway)["MEDHIVE_GATEWAY_OWN_CERT_FILE"] == "/own-tls/tls.crt"
+        seen = volume_of(gateway, "own-tls")["secret"]
+        assert seen["secretName"] == secret and [item["key"] for item in seen["items"]] == ["tls.crt"]
     assert "TLS_CERT_FILE" not in environment_of(workloads("coordinator")["proxy"])
 
 
@@ -347,7 +351,7 @@ def site(**settings: Any) -> dict[str, Any]:
         ({"networkPolicies": {"enabled": "yes"}}, "enabled"),
         ({"networkPolicies": {"dns": {"cidrs": ["169.254.20.10"]}}}, "cidrs"),
         ({"site": {"serverAddresses": ["http://medhive.example.org"]}}, "serverAddresses"),
-        ({"site": {"joinToken": {"value": "mh1.x"}}}, "value"),
+        ({"site": {"joinToken": {"value": "mh2.x"}}}, "value"),
         ({"site": {"data": {"hostPath": "scans"}}}, "hostPath"),
         ({"site": {"gpu": {"count": 0}}}, "count"),
         ({"site": {"httpsProxy": {"url": "http://user:password@proxy:3128"}}}, "httpsProxy"),

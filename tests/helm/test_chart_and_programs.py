@@ -106,7 +106,7 @@ def test_the_tracking_server_takes_the_values(tmp_path: Path) -> None:
 
 def test_the_hospitals_program_takes_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment_of(workloads("site")["site"]).items():
-        monkeypatch.setenv(name, value or "mh1.secret")
+        monkeypatch.setenv(name, value or "mh2.secret")
     settings = site_settings.Settings()
     assert settings.addresses == ("https://medhive.example.org:8443", "https://medhive-2.example.org")
     assert (settings.client_id, settings.data_dir, settings.state_dir) == (

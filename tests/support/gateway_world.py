@@ -1,7 +1,6 @@
 """A real gateway process over TLS on loopback, on SQLite or PostgreSQL, and the people and hospitals of its tests."""
 
 import base64
-import hashlib
 import itertools
 import os
 import pwd
@@ -294,13 +293,13 @@ def join_body(
     **changes: Any,
 ) -> Join:
     """A site's join, with any field of the proof changed before it is signed."""
-    secret = token.split(".")[1]
+    invite = SigningKey.from_seed(base64.urlsafe_b64decode(token.split(".")[1] + "="))
     pem = node_key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     values = {
         "site": name,
-        "invite_sha256": hashlib.sha256(secret.encode()).hexdigest(),
+        "invite_public_key": invite.public.text,
         "coordinator_key_id": coordinator.key_id,
         "node_public_key": pem.decode(),
         "consent_public_key": key.public.text,
@@ -312,7 +311,7 @@ def join_body(
     return Join(
         protocol=PROTOCOL,
         software=__version__,
-        invite_secret=secret,
+        invite_signature=invite.sign(proof.INVITE_DOMAIN, proof.body()),
         proof=sign(proof, key),
         node_signature=base64.b64encode(signature).decode(),
     )

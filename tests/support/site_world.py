@@ -151,8 +151,8 @@ def running(site: Site, fleet: Loopback | None = None, trainer: Trainer | None =
 class World:
     """The coordinator, and what an admin and the aggregator do there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.stack = Stack(folder, mlflow=False)
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self.stack = Stack(folder, mlflow=False, extra_env=environment)
         self.folder = folder
         self.password = self.stack.start_gateway()
         self.admin = GatewayClient(self.stack.url, self.stack.trust())

@@ -83,13 +83,13 @@ class Site(Base):
 
 
 class Invite(Base):
-    """One right to join, once, for a while; its secret only as a hash."""
+    """One right to join, once, for a while; of its key only a hash of the public half."""
 
     __tablename__ = "invites"
     id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
     site: Mapped[str] = mapped_column(ForeignKey("sites.name"))
     studies: Mapped[list[str]] = mapped_column(JSON)
-    secret_sha256: Mapped[str] = mapped_column(Text, unique=True)
+    key_sha256: Mapped[str] = mapped_column("secret_sha256", Text, unique=True)
     created_at: Mapped[datetime] = mapped_column(UtcTime)
     expires_at: Mapped[datetime] = mapped_column(UtcTime)
     used_at: Mapped[datetime | None] = mapped_column(UtcTime)

@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     # Where a hospital's node reaches Flower's fleet API: HOST:PORT, told to it in the answer to its join.
     fleet_address: str = "localhost:9092"
     coordinator_name: str = Field("Coordinator", min_length=1, max_length=120)
+    # The certificate that the proxy shows when it is not MedHive's own: hospitals then trust public roots at that address.
+    own_cert_file: Path | None = None
     # Only asked for its health.
     mlflow_url: str | None = None
     admin_password_file: Path | None = None
@@ -52,6 +54,11 @@ class Settings(BaseSettings):
     # connection on purpose, or has lost his, is cut off.
     body_window_s: float = Field(30.0, gt=0, le=600)
     body_window_bytes: int = Field(8 * 1024, gt=0, le=1024 * 1024)
+
+    @field_validator("own_cert_file", mode="before")
+    @classmethod
+    def _given(cls, value: object) -> object:
+        return value or None  # compose sets what is not wanted to nothing
 
     @field_validator("public_names", "trusted_proxy", mode="before")
     @classmethod

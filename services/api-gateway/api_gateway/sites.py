@@ -5,7 +5,6 @@ the invite and this coordinator, so that nothing of it can be used elsewhere or 
 """
 
 import base64
-import hashlib
 import secrets
 from datetime import timedelta
 
@@ -21,11 +20,12 @@ from api_gateway.state import TOKEN_BYTES
 from api_gateway.work import Call, Gateway, Work, token_hash
 from medhive import __version__
 from medhive.errors import BadSignature, ClockSkew, Conflict, Expired, InvalidInput, MedHiveError, NotAllowed, NotFound
-from medhive.signing import Signed, SignedBody, VerifyKey, canonical_json
+from medhive.signing import Signed, SignedBody, SigningKey, VerifyKey, canonical_json, sign
 from medhive.states import SITE_TRANSITIONS, Role, SiteState, require_transition
 from medhive.version import OLDEST_PROTOCOL, PROTOCOL, require_compatible
 from medhive.wire import (
     CoordinatorAnswer,
+    IntroductionBody,
     InviteAnswer,
     Join,
     JoinAnswer,
@@ -39,13 +39,20 @@ from medhive.wire import (
 )
 
 CLOCK_TOLERANCE = timedelta(minutes=5)  # of a signed statement's age: clocks are off, but a statement is used at once
-TOKEN_PREFIX = "mh1"  # noqa: S105  (the format of JOIN_TOKEN)
+TOKEN_PREFIX = "mh2"  # noqa: S105  (the format of JOIN_TOKEN)
 REFUSED_PER_SOURCE = 20  # joins in a window, before an address has to wait
 REPORTED_PER_SOURCE = 10  # refused joins in a window that become events
 
 
-def coordinator(gateway: Gateway) -> CoordinatorAnswer:
-    """Who this is, for everybody."""
+def coordinator(gateway: Gateway, nonce: str = "") -> CoordinatorAnswer:
+    """Who this is, for everybody; signed over the asker's nonce."""
+    body = IntroductionBody(
+        authorities=gateway.state.authorities,
+        address_trust=gateway.address_trust,
+        fleet_address=gateway.fleet_address,
+        nonce=nonce,
+        issued_at=gateway.clock(),
+    )
     return CoordinatorAnswer(
         name=gateway.settings.coordinator_name,
         version=__version__,
@@ -53,8 +60,10 @@ def coordinator(gateway: Gateway) -> CoordinatorAnswer:
         oldest_protocol=OLDEST_PROTOCOL,
         key_id=gateway.key.public.key_id,
         public_key=gateway.key.public.text,
-        ca_certificate=gateway.state.authority.pem,
-        time=gateway.clock(),
+        ca_certificate=body.authorities[0],
+        time=body.issued_at,
+        introduction=sign(body, gateway.key),
+        successions=gateway.state.successions,
     )
 
 
@@ -62,7 +71,7 @@ def coordinator(gateway: Gateway) -> CoordinatorAnswer:
 
 
 def invite(work: Work, body: NewInvite) -> InviteAnswer:
-    """Make a one-time invite; its token is in this answer alone.
+    """Make a one-time invite; its token, which holds a key to sign the join with, is in this answer alone.
 
     Raises:
         Conflict: a site of that name has joined already, was revoked or has left.
@@ -72,18 +81,19 @@ def invite(work: Work, body: NewInvite) -> InviteAnswer:
     for study in body.studies:
         if work.session.get(Study, study) is None:
             raise NotFound(f"There is no study {study}.", study=study)
-    secret = _text(secrets.token_bytes(TOKEN_BYTES))
+    seed = secrets.token_bytes(TOKEN_BYTES)
     row = Invite(
         site=body.site,
         studies=list(dict.fromkeys(body.studies)),
-        secret_sha256=token_hash(secret),
+        key_sha256=token_hash(SigningKey.from_seed(seed).public.text),
         created_at=work.now,
         expires_at=work.now + timedelta(seconds=body.expires_in_s),
     )
     work.session.add(row)
     work.session.flush()
     work.record(Kind.INVITE_CREATED, f"site {body.site}", invite=row.id, expires_at=row.expires_at.isoformat())
-    return _invite_answer(row, f"{TOKEN_PREFIX}.{secret}.{_text(work.gateway.state.authority.fingerprint)}")
+    parts = (TOKEN_PREFIX, _text(seed), _text(work.gateway.key.public.raw), work.gateway.address_trust)
+    return _invite_answer(row, ".".join(parts))
 
 
 def _text(raw: bytes) -> str:
@@ -168,7 +178,7 @@ def _refused(call: Call, body: Join, error: MedHiveError, keys: tuple[tuple[str,
 def _admit(work: Work, body: Join) -> JoinAnswer:
     require_compatible(body.protocol, "the coordinator", "the hospital")
     proof = body.proof.body
-    invitation = _invitation(work, body.invite_secret, proof)
+    invitation = _invitation(work, body)
     key = VerifyKey.from_text(proof.consent_public_key)
     _check_statement(work, body.proof, key, proof.coordinator_key_id)
     _check_node_key(proof, body.node_signature)
@@ -183,16 +193,17 @@ def _admit(work: Work, body: Join) -> JoinAnswer:
     return JoinAnswer(
         site=site.name,
         coordinator=coordinator(work.gateway),
-        fleet_address=work.gateway.settings.fleet_address,
+        fleet_address=work.gateway.fleet_address,
         token=token,
     )
 
 
-def _invitation(work: Work, secret: str, proof: JoinProof) -> Invite:
-    digest = token_hash(secret)
-    row = work.session.scalar(select(Invite).where(Invite.secret_sha256 == digest))
-    if row is None or row.withdrawn_at is not None or digest != proof.invite_sha256:
+def _invitation(work: Work, body: Join) -> Invite:
+    proof = body.proof.body
+    row = work.session.scalar(select(Invite).where(Invite.key_sha256 == token_hash(proof.invite_public_key)))
+    if row is None or row.withdrawn_at is not None:
         raise NotAllowed("This invite is unknown here or was withdrawn; ask the coordinator for a new one.")
+    VerifyKey.from_text(proof.invite_public_key).verify(proof.INVITE_DOMAIN, proof.body(), body.invite_signature)
     if row.site != proof.site:
         raise NotAllowed(f"This invite is for another site than {proof.site}; check CLIENT_ID.", site=proof.site)
     if row.used_at is None and row.expires_at <= work.now:
@@ -367,8 +378,3 @@ def report_node(work: Work, name: str, body: NodeReport) -> None:
     site.node_online = body.online
     kind = Kind.SITE_CONNECTED if body.online else Kind.SITE_DISCONNECTED
     work.record(kind, f"site {name}", site=name, source_address=site.source_address)
-
-
-def digest_of_secret(secret: str) -> str:
-    """What a join's proof names as `invite_sha256`: SHA-256 of the secret's text, as it stands in the token."""
-    return hashlib.sha256(secret.encode()).hexdigest()

@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from api_gateway.settings import Settings
-from api_gateway.tls import Authority
+from cryptography import x509
+
+from api_gateway.settings import PREFIX, Settings
+from api_gateway.tls import Authority, load_certificate
 from medhive.errors import InvalidInput
 from medhive.signing import SigningKey, write_secret
+from medhive.wire import AddressTrust, Succession
 
 TOKEN_BYTES = 32  # of every random secret: beyond guessing
 
@@ -34,6 +37,13 @@ class State:
     authority: Authority
     coordinator_key: SigningKey
     server_token_sha256: str
+    successions: tuple[Succession, ...] = ()
+    address_trust: AddressTrust = AddressTrust.PINNED
+
+    @property
+    def authorities(self) -> tuple[str, ...]:
+        """The CAs to trust here, in PEM; the first one issues."""
+        return (self.authority.pem,)
 
     @property
     def certificate_file(self) -> Path:
@@ -85,7 +95,32 @@ def open_state(settings: Settings, folder: Path) -> State:
         names = (own_name, *(settings.public_names if leaf in PUBLIC_LEAVES else ()))
         authority.ensure_leaf(tls, leaf, names, now)
     token = _ensure_secret(folder / "secrets" / "server-token")
-    return State(folder, authority, _coordinator_key(folder), hashlib.sha256(token.encode()).hexdigest())
+    return State(
+        folder,
+        authority,
+        _coordinator_key(folder),
+        hashlib.sha256(token.encode()).hexdigest(),
+        address_trust=_address_trust(settings, authority),
+    )
+
+
+def _address_trust(settings: Settings, authority: Authority) -> AddressTrust:
+    own = own_certificate(settings)
+    return AddressTrust.PINNED if own is None or authority.issued(own) else AddressTrust.PUBLIC
+
+
+def own_certificate(settings: Settings) -> x509.Certificate | None:
+    """The certificate that the proxy shows, where it is not MedHive's.
+
+    Raises:
+        InvalidInput: the file that should hold it does not; the text names the variable.
+    """
+    if settings.own_cert_file is None:
+        return None
+    try:
+        return load_certificate(settings.own_cert_file)
+    except InvalidInput as error:
+        raise InvalidInput(f"{PREFIX}OWN_CERT_FILE: {error}") from error
 
 
 def _coordinator_key(folder: Path) -> SigningKey:

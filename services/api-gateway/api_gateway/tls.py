@@ -1,7 +1,7 @@
 """The coordinator's own certificate authority, made at first start, so that there is TLS everywhere from the first minute.
 
-An invite carries the SHA-256 of the CA's certificate; that is all a hospital needs to trust the gateway and the SuperLink.
-An operator who has certificates from elsewhere puts a proxy in front, which is what the deployment does.
+Hospitals learn it from the coordinator's signed introduction, which the key in their invite vouches for. An operator who has
+a certificate from elsewhere gives it to the proxy in front.
 """
 
 import datetime
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -48,7 +49,7 @@ class Authority:
             # A key without a certificate is what an interrupted first start left: nobody can have trusted it yet.
             key_path.unlink(missing_ok=True)
             _make_authority(certificate_path, key_path, name)
-        return cls(_load_certificate(certificate_path), _load_key(key_path))
+        return cls(load_certificate(certificate_path), _load_key(key_path))
 
     @property
     def pem(self) -> str:
@@ -57,10 +58,25 @@ class Authority:
 
     @property
     def fingerprint(self) -> bytes:
-        """SHA-256 of the certificate's DER, as in an invite."""
+        """SHA-256 of the certificate's DER, which an admin compares at a login."""
         return hashlib.sha256(self.certificate.public_bytes(serialization.Encoding.DER)).digest()
 
-    def ensure_leaf(self, folder: Path, name: str, names: Sequence[str], now: datetime.datetime) -> None:
+    def issued(self, certificate: x509.Certificate) -> bool:
+        """Whether this CA signed a certificate."""
+        try:
+            certificate.verify_directly_issued_by(self.certificate)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
+    def ensure_leaf(
+        self,
+        folder: Path,
+        name: str,
+        names: Sequence[str],
+        now: datetime.datetime,
+        validity: datetime.timedelta = LEAF_VALIDITY,
+    ) -> None:
         """Make `<name>.crt` and `<name>.key`, valid for these host names, unless there is a pair that still serves."""
         certificate_path, key_path = folder / f"{name}.crt", folder / f"{name}.key"
         wanted = (*LOCAL_NAMES, *(each for each in names if each not in LOCAL_NAMES))
@@ -69,13 +85,13 @@ class Authority:
         certificate_path.unlink(missing_ok=True)
         key_path.unlink(missing_ok=True)
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._issue(key.public_key(), wanted, now)
+        certificate = self._issue(key.public_key(), wanted, now, validity)
         write_secret(key_path, _key_pem(key))
         # The chain goes along, so that a peer that pins the CA by its digest finds it in the handshake.
         _write_whole(certificate_path, certificate.public_bytes(serialization.Encoding.PEM) + self.pem.encode())
 
     def _serves(self, path: Path, wanted: Sequence[str], now: datetime.datetime) -> bool:
-        certificate = _load_certificate(path)
+        certificate = load_certificate(path)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return (
             certificate.issuer == self.certificate.subject
@@ -83,10 +99,12 @@ class Authority:
             and list(names) == [_general_name(name) for name in wanted]
         )
 
-    def _issue(self, key: ec.EllipticCurvePublicKey, names: Sequence[str], now: datetime.datetime) -> x509.Certificate:
+    def _issue(
+        self, key: ec.EllipticCurvePublicKey, names: Sequence[str], now: datetime.datetime, validity: datetime.timedelta
+    ) -> x509.Certificate:
         usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
         identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
-        builder = _builder(names[0], self.certificate.subject, key, now, LEAF_VALIDITY)
+        builder = _builder(names[0], self.certificate.subject, key, now, validity)
         return (
             builder.add_extension(x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -165,7 +183,12 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _load_certificate(path: Path) -> x509.Certificate:
+def load_certificate(path: Path) -> x509.Certificate:
+    """Read the first certificate of a file.
+
+    Raises:
+        InvalidInput: there is none.
+    """
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -26,6 +26,7 @@ from api_gateway.state import State
 from medhive.errors import IllegalTransition, NotAllowed, NotAuthenticated, NotFound
 from medhive.signing import SigningKey, VerifyKey
 from medhive.states import Role, SiteState
+from medhive.wire import AddressTrust
 
 SEEN_EVERY = timedelta(seconds=30)  # how exactly a site's last sign of life is kept: not a write for each exchange
 SYSTEM = "system"
@@ -90,6 +91,16 @@ class Gateway:
     def key(self) -> SigningKey:
         """The coordinator's key."""
         return self.state.coordinator_key
+
+    @property
+    def address_trust(self) -> AddressTrust:
+        """Who ends TLS at the public address."""
+        return self.state.address_trust
+
+    @property
+    def fleet_address(self) -> str:
+        """HOST:PORT at which hospitals reach Flower."""
+        return self.settings.fleet_address
 
     @contextmanager
     def system_write(self) -> Iterator["Work"]:

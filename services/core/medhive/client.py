@@ -32,6 +32,7 @@ READ_TIMEOUT_S: Final = 60.0
 # An introduction holds one certificate and a few names; whoever answers is not known yet, so no more is read, nor longer.
 MAX_INTRODUCTION_BYTES: Final = 256 * 1024
 INTRODUCTION_S: Final = 30.0
+AS_IT_IS: Final = {"Accept-Encoding": "identity"}
 TRIES: Final = 5  # of one part of a transfer, before the caller hears of it
 # What a proxy answers by itself, without a problem document, while the gateway behind it restarts.
 PROXYS_OWN: Final = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
@@ -75,11 +76,12 @@ class Trust:
         return context
 
 
-def introduce(address: str) -> CoordinatorAnswer:
+def introduce(address: str, nonce: str = "") -> CoordinatorAnswer:
     """Ask an address who it is, before there is anything to trust it by.
 
     The certificate is not verified, on purpose: nothing secret is sent, and the answer counts for nothing until the caller
-    has compared its CA with a fingerprint that came another way.
+    has checked its signature over the nonce (`medhive.introduction`), or compared its CA with a fingerprint that came
+    another way.
 
     Raises:
         Unreachable: nobody answers.
@@ -88,7 +90,7 @@ def introduce(address: str) -> CoordinatorAnswer:
     try:
         with (
             httpx.Client(verify=False, timeout=CONNECT_TIMEOUT_S) as http,  # noqa: S501 - see above
-            http.stream("GET", f"{address}{API}/coordinator", headers={"Accept-Encoding": "identity"}) as answer,
+            http.stream("GET", f"{address}{API}/coordinator?nonce={nonce}", headers=AS_IT_IS) as answer,
         ):
             return CoordinatorAnswer.model_validate_json(_bounded_content(answer))
     except httpx.TransportError as error:

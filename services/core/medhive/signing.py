@@ -104,6 +104,18 @@ class SigningKey:
         return cls(Ed25519PrivateKey.generate())
 
     @classmethod
+    def from_seed(cls, seed: bytes) -> Self:
+        """The key that 32 random bytes are (RFC 8032, 5.1.5).
+
+        Raises:
+            InvalidInput: it is another number of bytes.
+        """
+        try:
+            return cls(Ed25519PrivateKey.from_private_bytes(seed))
+        except ValueError as error:
+            raise InvalidInput("The seed of an Ed25519 key has 32 bytes.") from error
+
+    @classmethod
     def load(cls, path: Path) -> Self:
         """Read a key that `save` wrote.
 

@@ -4,7 +4,8 @@ Times are ISO 8601 with a zone, sizes in bytes, durations in seconds. Unknown fi
 in answers, so that an older hospital can read a newer coordinator.
 """
 
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -72,8 +73,51 @@ class AccountAnswer(Answer):
     password: str | None = None
 
 
+class AddressTrust(StrEnum):
+    """Who ends TLS at the coordinator's public address, and so whose roots a hospital needs for it."""
+
+    PINNED = "pinned"
+    """The coordinator, with a certificate of its own CA; nothing else is trusted."""
+    PUBLIC = "public"
+    """The coordinator, with a certificate of a public CA."""
+    TUNNEL = "tunnel"
+    """Somebody else, with a public certificate; who passes on what he reads."""
+
+
+class IntroductionBody(SignedBody):
+    """What the coordinator signs about itself whenever it is asked: whom to trust there, and where Flower answers.
+
+    `nonce` is the asker's, so that an old introduction cannot be shown again. All `authorities` (PEM) count; the first
+    one issues.
+    """
+
+    DOMAIN = "medhive.introduction.v1"
+    authorities: tuple[str, ...] = Field(min_length=1, max_length=4)
+    address_trust: AddressTrust
+    fleet_address: str = Field(max_length=300)
+    nonce: str = Field(pattern=r"^[0-9a-f]{0,64}$")
+    issued_at: AwareDatetime
+
+
+class SuccessionBody(SignedBody):
+    """An old coordinator's key names the one that comes after it; signed with the old one."""
+
+    DOMAIN = "medhive.succession.v1"
+    old_public_key: str = Field(max_length=100)
+    new_public_key: str = Field(max_length=100)
+    issued_at: AwareDatetime
+
+
+Introduction = Signed[IntroductionBody]
+Succession = Signed[SuccessionBody]
+
+
 class CoordinatorAnswer(Answer):
-    """GET /coordinator: who this is; open to everybody."""
+    """GET /coordinator?nonce=: who this is; open to everybody.
+
+    Only what `introduction` and `successions` say is signed (`medhive.introduction` checks them); `ca_certificate` is the
+    first authority, for a person who compares its fingerprint.
+    """
 
     name: str
     version: str
@@ -83,6 +127,8 @@ class CoordinatorAnswer(Answer):
     public_key: str
     ca_certificate: str
     time: AwareDatetime
+    introduction: Introduction
+    successions: tuple[Succession, ...] = Field((), max_length=100)
 
 
 # ---- sites ---------------------------------------------------------------------------------------------------------
@@ -109,11 +155,16 @@ class InviteAnswer(Answer):
 
 
 class JoinProof(SignedBody):
-    """What a joining site signs with its consent key; the node key signs the same canonical bytes (ECDSA, SHA-384)."""
+    """What a joining site signs with its consent key; the node key signs the same canonical bytes (ECDSA, SHA-384).
 
-    DOMAIN = "medhive.join.v1"
+    The invite's key signs it too: the invite itself is never sent, so that nobody on the way can use it.
+    """
+
+    DOMAIN = "medhive.join.v2"
+    INVITE_DOMAIN: ClassVar[str] = "medhive.join-invite.v1"
+    """Under which the invite's key signs the same body."""
     site: Name
-    invite_sha256: Digest
+    invite_public_key: str = Field(max_length=100)
     coordinator_key_id: str
     node_public_key: str = Field(max_length=2000)
     consent_public_key: str = Field(max_length=100)
@@ -125,7 +176,7 @@ class Join(Frozen):
 
     protocol: int
     software: str = Field(max_length=50)
-    invite_secret: str = Field(max_length=200)
+    invite_signature: str = Field(max_length=128)
     proof: Signed[JoinProof]
     node_signature: str = Field(max_length=400)
 

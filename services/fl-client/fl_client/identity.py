@@ -1,15 +1,14 @@
 """Who this hospital is: its keys, made here and never sent, and its one-time joining of a coordinator.
 
-The invite's token carries the fingerprint of the coordinator's own certificate authority. Nothing else is trusted at the
-start: the authority's certificate is fetched unverified, must have exactly that fingerprint, and only a connection that it
-vouches for is given the invite's secret. From then on the consent key proves who is speaking, for ever.
+The invite's token carries the coordinator's Ed25519 key. Nothing else is trusted at the start: the coordinator introduces
+itself over an unverified connection, its signature over a fresh nonce must fit that key, and only a connection that the
+introduction vouches for is used. The invite is a key too: it signs the join and never travels, so that whoever may stand in
+between cannot join in the hospital's place. From then on the consent key proves who is speaking, for ever.
 
 Joining again with the same state folder continues as the same site: nothing is made anew, no invite is used up.
 """
 
 import base64
-import binascii
-import hashlib
 import secrets
 import ssl
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
@@ -36,11 +34,13 @@ from medhive.errors import (
     NotFound,
     Unreachable,
 )
+from medhive.introduction import Introduced, introduced, new_nonce
 from medhive.signing import Signed, SigningKey, VerifyKey, canonical_json, sign, write_secret
 from medhive.spec import explain
 from medhive.version import PROTOCOL, require_compatible
 from medhive.wire import (
     API,
+    AddressTrust,
     CoordinatorAnswer,
     Join,
     JoinAnswer,
@@ -50,7 +50,8 @@ from medhive.wire import (
     TokenAnswer,
 )
 
-TOKEN_PREFIX = "mh1"  # noqa: S105 - the form's name, not a secret
+TOKEN_PREFIX = "mh2"  # noqa: S105 - the form's name, not a secret
+TOKEN_PARTS = 4
 SECRET_BYTES = 32
 IDENTITY, TOKEN, CLOCK = "identity", "token", "clock_offset_s"
 
@@ -135,27 +136,27 @@ class Keys:
 class Invite:
     """A JOIN_TOKEN, taken apart."""
 
-    secret: str
-    authority_sha256: bytes
+    key: SigningKey
+    coordinator_key: VerifyKey
+    address_trust: AddressTrust
 
     @classmethod
     def parse(cls, token: str) -> Self:
-        """Read `mh1.<secret>.<fingerprint>`.
+        """Read `mh2.<seed of the invite's key>.<coordinator's public key>.<pinned, public or tunnel>`.
 
         Raises:
             InvalidInput: it is no invite; the text does not repeat it.
         """
         parts = token.strip().split(".")
         problem = "The join token is not one of MedHive's; copy the whole line that `medhive-admin invite` printed."
-        if len(parts) != 3 or parts[0] != TOKEN_PREFIX:
+        if len(parts) != TOKEN_PARTS or parts[0] != TOKEN_PREFIX:
             raise InvalidInput(problem)
         try:
-            secret, fingerprint = (base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in parts[1:])
-        except (binascii.Error, ValueError) as error:
+            seed, raw = (base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in parts[1:3])
+            coordinator_key = VerifyKey.from_text(base64.b64encode(raw).decode())
+            return cls(SigningKey.from_seed(seed), coordinator_key, AddressTrust(parts[3]))
+        except (ValueError, InvalidInput) as error:
             raise InvalidInput(problem) from error
-        if len(secret) != SECRET_BYTES or len(fingerprint) != hashlib.sha256().digest_size:
-            raise InvalidInput(problem)
-        return cls(parts[1], fingerprint)
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class Identity:
     ca_pem: str
     joined_at: str
     left: bool = False
+    address_trust: str = AddressTrust.PINNED
 
     @property
     def verify_key(self) -> VerifyKey:
@@ -182,8 +184,9 @@ class Identity:
         return self.fleet_address if "://" in self.fleet_address else f"https://{self.fleet_address}"
 
     def trust(self, extra_ca_file: Path | None = None) -> Trust:
-        """Whose certificates count."""
-        return Trust(ca_pem=self.ca_pem, extra_ca_file=extra_ca_file)
+        """Whose certificates count: the coordinator's own, and public ones where it says that it shows one."""
+        public = self.address_trust != AddressTrust.PINNED
+        return Trust(ca_pem=self.ca_pem, extra_ca_file=extra_ca_file, system=public)
 
     def tls(self, extra_ca_file: Path | None = None) -> ssl.SSLContext:
         """The TLS context for the fleet address."""
@@ -273,13 +276,15 @@ def join(
         raise InvalidInput("The coordinator's address is missing; set SERVER_ADDRESS.")
     invite = Invite.parse(token)
     keys.make()
-    coordinator, clients = _bootstrap(addresses, invite, extra_ca_file)
+    found = discover(addresses, invite.coordinator_key)
+    trust = trust_in(found, extra_ca_file)
+    clients = [GatewayClient(address, trust) for address in addresses]
     try:
-        answer = _ask_to_join(clients, coordinator, invite, client_id, keys)
+        answer = _ask_to_join(clients, found.key, invite, client_id, keys)
     finally:
         for client in clients:
             client.close()
-    identity = _identity_from(answer, addresses)
+    identity = _identity_from(answer, found, addresses)
     _keep_clock(store, (answer.coordinator.time - datetime.now(UTC)).total_seconds())
     store.set_fact(TOKEN, answer.token.model_dump(mode="json"))
     identity.save(store)
@@ -324,38 +329,44 @@ def _own_studies(identity: Identity, keys: Keys, store: Store, extra_ca_file: Pa
         return tuple(study.name for study in gateway.studies())
 
 
-def _bootstrap(
-    addresses: tuple[str, ...], invite: Invite, extra_ca_file: Path | None
-) -> tuple[CoordinatorAnswer, list[GatewayClient]]:
-    """Learn the authority from the first address that answers, then ask again over a connection that it vouches for."""
-    unverified = _first_answer(addresses)
-    require_compatible(unverified.protocol, "this hospital", "the coordinator")
-    if _authority_fingerprint(unverified.ca_certificate) != invite.authority_sha256:
+def discover(addresses: tuple[str, ...], pinned: VerifyKey) -> Introduced:
+    """Let the first address that answers introduce itself, and check that it is the coordinator with this key.
+
+    Raises:
+        WrongAuthority: somebody else answers.
+        IncompatibleVersion: one side must be upgraded.
+        Unreachable: nobody answers.
+    """
+    nonce = new_nonce()
+    answer = _first_answer(addresses, nonce)
+    require_compatible(answer.protocol, "this hospital", "the coordinator")
+    return _checked(answer, pinned, nonce)
+
+
+def _checked(answer: CoordinatorAnswer, pinned: VerifyKey, nonce: str) -> Introduced:
+    try:
+        return introduced(answer, pinned, nonce)
+    except (BadSignature, InvalidInput) as error:
         raise WrongAuthority(
-            "The server that answers is not the one that made this invite; check SERVER_ADDRESS, and ask the "
+            "The server that answers is not the coordinator that made this invite; check SERVER_ADDRESS, and ask the "
             "coordinator for a new invite if it was set up anew."
-        )
-    trust = Trust(ca_pem=unverified.ca_certificate, extra_ca_file=extra_ca_file)
-    clients = [GatewayClient(address, trust) for address in addresses]
-    return _ask_coordinator(clients), clients
+        ) from error
 
 
-def _first_answer(addresses: tuple[str, ...]) -> CoordinatorAnswer:
+def trust_in(known: Introduced, extra_ca_file: Path | None) -> Trust:
+    """Whose certificates count: the coordinator's own, and public ones where it says that it shows one."""
+    public = known.address_trust is not AddressTrust.PINNED
+    return Trust(ca_pem="".join(known.authorities), extra_ca_file=extra_ca_file, system=public)
+
+
+def _first_answer(addresses: tuple[str, ...], nonce: str) -> CoordinatorAnswer:
     problem: MedHiveError | None = None
     for address in addresses:
         try:
-            return introduce(address)
+            return introduce(address, nonce)
         except (Unreachable, InvalidInput) as error:
             problem = problem or error
     raise problem or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
-
-
-def _authority_fingerprint(pem: str) -> bytes:
-    try:
-        certificate = x509.load_pem_x509_certificate(pem.encode())
-    except ValueError as error:
-        raise WrongAuthority("The server's answer holds no certificate; check SERVER_ADDRESS.") from error
-    return certificate.fingerprint(hashes.SHA256())
 
 
 def _ask_coordinator(clients: list[GatewayClient]) -> CoordinatorAnswer:
@@ -372,15 +383,15 @@ def _ask_coordinator(clients: list[GatewayClient]) -> CoordinatorAnswer:
 
 
 def _ask_to_join(
-    clients: list[GatewayClient], coordinator: CoordinatorAnswer, invite: Invite, client_id: str, keys: Keys
+    clients: list[GatewayClient], coordinator_key: VerifyKey, invite: Invite, client_id: str, keys: Keys
 ) -> JoinAnswer:
     """The same join may be sent again when its answer was lost: the gateway knows the keys by then."""
-    offset = coordinator.time - datetime.now(UTC)
-    body = _join_body(coordinator, invite, client_id, keys, datetime.now(UTC) + offset)
+    offset = _ask_coordinator(clients).time - datetime.now(UTC)
+    body = _join_body(coordinator_key, invite, client_id, keys, datetime.now(UTC) + offset)
     return JoinAnswer.model_validate(clients[0].post(f"{API}/join", body))
 
 
-def _join_body(coordinator: CoordinatorAnswer, invite: Invite, client_id: str, keys: Keys, now: datetime) -> Join:
+def _join_body(coordinator_key: VerifyKey, invite: Invite, client_id: str, keys: Keys, now: datetime) -> Join:
     node_key, consent_key = keys.node_key(), keys.consent_key()
     public_pem = node_key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -388,8 +399,8 @@ def _join_body(coordinator: CoordinatorAnswer, invite: Invite, client_id: str, k
     try:
         proof = JoinProof(
             site=client_id,
-            invite_sha256=hashlib.sha256(invite.secret.encode()).hexdigest(),
-            coordinator_key_id=coordinator.key_id,
+            invite_public_key=invite.key.public.text,
+            coordinator_key_id=coordinator_key.key_id,
             node_public_key=public_pem.decode(),
             consent_public_key=consent_key.public.text,
             issued_at=now,
@@ -400,7 +411,7 @@ def _join_body(coordinator: CoordinatorAnswer, invite: Invite, client_id: str, k
     return Join(
         protocol=PROTOCOL,
         software=__version__,
-        invite_secret=invite.secret,
+        invite_signature=invite.key.sign(proof.INVITE_DOMAIN, proof.body()),
         proof=sign(proof, consent_key),
         node_signature=base64.b64encode(signature).decode(),
     )
@@ -411,15 +422,17 @@ def node_signed_bytes(proof: JoinProof) -> bytes:
     return proof.DOMAIN.encode() + b"\0" + canonical_json(proof.body())
 
 
-def _identity_from(answer: JoinAnswer, addresses: tuple[str, ...]) -> Identity:
+def _identity_from(answer: JoinAnswer, found: Introduced, addresses: tuple[str, ...]) -> Identity:
+    """Whom to trust from now on comes from the introduction alone, which was signed."""
     if abs((answer.coordinator.time - datetime.now(UTC)).days) > 365:
         raise ClockSkew("This machine's clock is more than a year off the coordinator's; set it, then join again.")
     return Identity(
         site=answer.site,
         addresses=addresses,
-        fleet_address=answer.fleet_address,
+        fleet_address=found.fleet_address,
         coordinator_name=answer.coordinator.name,
-        coordinator_key=answer.coordinator.public_key,
-        ca_pem=answer.coordinator.ca_certificate,
+        coordinator_key=found.key.text,
+        ca_pem="".join(found.authorities),
         joined_at=datetime.now(UTC).isoformat(),
+        address_trust=found.address_trust,
     )

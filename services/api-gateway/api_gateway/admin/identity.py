@@ -22,6 +22,9 @@ DEFAULT_ADDRESS: Final = "https://localhost:8443"
 )
 @click.option("--ca-file", type=click.Path(path_type=Path), help="The coordinator's CA certificate (tls/ca.crt).")
 @click.option("--fingerprint", "expected", help="SHA-256 of the CA certificate, instead of its file.")
+@click.option(
+    "--public", is_flag=True, help="ADDRESS shows a certificate of a public CA: trust this system's roots too."
+)
 @pass_terminal
 def login(
     terminal: Terminal,
@@ -32,13 +35,14 @@ def login(
     password_file: Path | None,
     ca_file: Path | None,
     expected: str | None,
+    public: bool,
 ) -> None:
     """Log in to the coordinator at ADDRESS (https://HOST:PORT) and remember it."""
     address = full_address(terminal.ask(address, "Address of the coordinator", "ADDRESS", DEFAULT_ADDRESS))
     ca_pem = _trusted_ca(terminal, address, ca_file, expected)
     name = terminal.ask(username, "User name", "--username", "admin")
     password = terminal.ask_secret(password_file, "Password", "--password-file")
-    with GatewayClient(address, Trust(ca_pem=ca_pem)) as client:
+    with GatewayClient(address, Trust(ca_pem=ca_pem, system=public)) as client:
         coordinator = CoordinatorAnswer.model_validate(client.get(f"{API}/coordinator"))
         credentials = build(Login, username=name, password=password)
         token = TokenAnswer.model_validate(client.post(f"{API}/login", credentials))
@@ -50,6 +54,7 @@ def login(
         role=token.role,
         token=token.token,
         expires_at=token.expires_at.isoformat(),
+        public=public,
     )
     path = session.save()
     answer = {"name": token.name, "role": token.role, "coordinator": coordinator.name, "address": address}

@@ -33,10 +33,11 @@ class Session:
     role: str
     token: str
     expires_at: str
+    public: bool = False
 
     def open(self) -> GatewayClient:
         """Make a connection to the coordinator in this person's name."""
-        return GatewayClient(self.address, Trust(ca_pem=self.ca_pem), token=self.token)
+        return GatewayClient(self.address, Trust(ca_pem=self.ca_pem, system=self.public), token=self.token)
 
     def save(self) -> Path:
         """Write the session file whole or not at all, mode 0600; returns its path."""

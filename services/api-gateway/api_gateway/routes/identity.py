@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Query, Response
 from pydantic import Field
 
 from api_gateway import accounts, auth, sites
@@ -23,9 +23,9 @@ class NewPassword(Frozen):
 
 
 @router.get("/coordinator")
-def coordinator(call: CallDep) -> CoordinatorAnswer:
-    """Name, versions, key and CA certificate; open to everybody."""
-    return sites.coordinator(call.gateway)
+def coordinator(call: CallDep, nonce: Annotated[str, Query(pattern=r"^[0-9a-f]{0,64}$")] = "") -> CoordinatorAnswer:
+    """Name, versions, key, CAs; signed over the nonce; open to everybody."""
+    return sites.coordinator(call.gateway, nonce)
 
 
 @router.post("/login")
