@@ -8,12 +8,13 @@ set -euo pipefail
 GATEWAY_ADDRESS=${GATEWAY_ADDRESS:-gateway:8000}
 FLEET_ADDRESS=${FLEET_ADDRESS:-fl-server:9093}
 MLFLOW_ADDRESS=${MLFLOW_ADDRESS:-mlflow:5000}
+MLFLOW_METRICS_ADDRESS=${MLFLOW_METRICS_ADDRESS:-${MLFLOW_ADDRESS%:*}:9464}
 CERTIFICATE=${TLS_CERT_FILE:-/handout/proxy.crt}
 KEY=${TLS_KEY_FILE:-/handout/proxy.key}
 LOOK_S=2
 CONFIGURATION=/tmp/nginx.conf
 
-for file in "$CERTIFICATE" "$KEY" /handout/ca.crt /handout/mlflow-reader; do
+for file in "$CERTIFICATE" "$KEY" /handout/proxy.crt /handout/proxy.key /handout/ca.crt /handout/mlflow-reader; do
     if [ ! -r "$file" ]; then
         echo "error: cannot read $file; the gateway makes it at its first start, TLS_CERT_FILE and TLS_KEY_FILE name your own." >&2
         exit 1
@@ -30,13 +31,14 @@ write_configuration() {
     local reader
     reader=$(printf 'reader:%s' "$(cat /handout/mlflow-reader)" | base64 -w0)
     (umask 077 && sed -e "s|@GATEWAY@|$(upstream "$GATEWAY_ADDRESS")|" -e "s|@FLEET@|$(upstream "$FLEET_ADDRESS")|" \
-        -e "s|@MLFLOW@|$(upstream "$MLFLOW_ADDRESS")|" -e "s|@CERTIFICATE@|$CERTIFICATE|" -e "s|@KEY@|$KEY|" \
+        -e "s|@MLFLOW@|$(upstream "$MLFLOW_ADDRESS")|" \
+        -e "s|@MLFLOW_METRICS@|$(upstream "$MLFLOW_METRICS_ADDRESS")|" -e "s|@CERTIFICATE@|$CERTIFICATE|" -e "s|@KEY@|$KEY|" \
         -e "s|@READER@|$reader|g" /opt/medhive/nginx.conf.in >"$CONFIGURATION.new")
     mv "$CONFIGURATION.new" "$CONFIGURATION"
 }
 
 state() {
-    sha256sum "$CONFIGURATION" "$CERTIFICATE" "$KEY" /handout/ca.crt | sha256sum
+    sha256sum "$CONFIGURATION" "$CERTIFICATE" "$KEY" /handout/proxy.crt /handout/ca.crt | sha256sum
 }
 
 write_configuration

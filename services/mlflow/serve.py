@@ -5,13 +5,16 @@ MEDHIVE_MLFLOW_STATE_DIR (database and artifacts), _HOST, _PORT, _ALLOWED_HOSTS 
 localhost and 127.0.0.1; MLflow answers 403 to others), _DATABASE_URL_FILE (a file with another database's URL),
 _TLS_CERT and _TLS_KEY (without them it speaks plain HTTP, for loopback alone); and, for logins, _WRITER_PASSWORD_FILE (of
 `writer`, the aggregator), _READER_PASSWORD_FILE (of `reader`, whom the proxy lets people be) and _COOKIE_SECRET_FILE.
+_METRICS_PORT is where Prometheus reads how the server is used.
 """
 
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +23,8 @@ DEFAULT_PORT = 8080
 WRITER, READER = "writer", "reader"
 LOGIN_FILES = ("WRITER_PASSWORD_FILE", "READER_PASSWORD_FILE", "COOKIE_SECRET_FILE")
 PASSWORD_CHECKED_EVERY_S = 60  # MLflow's slow hash of a password costs more than most of its answers
+METRICS = "metrics"
+PARENT_LOOK_S = 1.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -39,6 +44,7 @@ def command(environment: Mapping[str, str]) -> list[str]:
     argv = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     argv += ["--serve-artifacts", "--artifacts-destination", (state / "artifacts").as_uri()]
     argv += ["--allowed-hosts", ",".join(_allowed_hosts(environment, port))]
+    argv += ["--expose-prometheus", str(state / METRICS)] if environment.get(f"{PREFIX}METRICS_PORT") else []
     argv += ["--app-name", "basic-auth"] if _logins(environment) else []
     tls = _tls_options(environment, host)
     return [*argv, "--uvicorn-opts", shlex.join(["--log-level", "warning", *tls])]
@@ -152,11 +158,38 @@ def environment_of_server(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def start_metrics(environment: Mapping[str, str]) -> None:
+    """Start the process that shows the server's counts, where a port for it is set; it ends with this process.
+
+    MLflow shows them by itself, but behind its login to its admin alone, who may do everything.
+    """
+    port = environment.get(f"{PREFIX}METRICS_PORT")
+    if port:
+        folder = _state_folder(environment) / METRICS
+        shutil.rmtree(folder, ignore_errors=True)  # the counts of an earlier process would be added
+        folder.mkdir(mode=0o700)
+        subprocess.Popen([sys.executable, __file__, METRICS, str(os.getpid()), str(int(port)), str(folder)])
+
+
+def show_metrics(parent: int, port: int, folder: str, environment: Mapping[str, str]) -> None:
+    """Serve the counts in the folder, over TLS where the server has it, while the parent lives."""
+    from prometheus_client import CollectorRegistry, start_http_server  # noqa: PLC0415 - not in the server's process
+    from prometheus_client.multiprocess import MultiProcessCollector  # noqa: PLC0415
+
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+    tls = {name: environment.get(f"{PREFIX}TLS_{part}") for name, part in (("certfile", "CERT"), ("keyfile", "KEY"))}
+    start_http_server(port, environment.get(f"{PREFIX}HOST", LOOPBACK[0]), registry, **tls)
+    while os.getppid() == parent:
+        time.sleep(PARENT_LOOK_S)
+
+
 def main() -> None:
     """Become the server, so that signals reach it."""
     try:
         argv, environment = command(os.environ), environment_of_server(os.environ)
         ensure_logins(os.environ)
+        start_metrics(os.environ)
     except (Misconfigured, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the command line's answer
         raise SystemExit(1) from None
@@ -166,4 +199,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [METRICS]:
+        show_metrics(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], os.environ)
+    else:
+        main()

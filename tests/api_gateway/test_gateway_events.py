@@ -3,17 +3,21 @@
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from gateway_world import GatewayProcess, Hospital, World, running_gateway, until
+from prometheus_client.parser import text_string_to_metric_families
 
 from medhive.chain import ZERO_HASH, BrokenChain, event_hash, verify_chain
 from medhive.errors import BadSignature
 from medhive.signing import SigningKey, VerifyKey, sign
 from medhive.wire import API, CountersignBody, EventAnswer, Head
+
+LABELS = {"version", "folder", "state", "study", "direction", "site", "certificate", "method", "status", "le"}
 
 
 def all_events(world: World) -> list[EventAnswer]:
@@ -113,10 +117,30 @@ def test_a_stream_ends_with_its_callers_rights(world: World) -> None:
 
     thread = threading.Thread(target=listen)
     thread.start()
-    until(lambda: "medhive_event_streams 1" in _metrics(world) or None, "the stream")
+    until(lambda: "medhive_event_streams 1.0" in _metrics(world) or None, "the stream")
     world.admin.post(f"{API}/sites/{hospital.site}/revoke", {"reason": ""})
     assert ended.wait(20)
     thread.join()
+
+
+def test_the_figures_are_numbers_under_short_labels_and_not_for_the_outside(world: World) -> None:
+    hospital = world.hospital()
+    world.study(hospital)
+    samples = [each for family in text_string_to_metric_families(_metrics(world)) for each in family.samples]
+    seen = {
+        each.labels["site"]: each.value for each in samples if each.name == "medhive_site_last_seen_timestamp_seconds"
+    }
+    assert abs(seen[hospital.site] - time.time()) < 60
+    assert {name for each in samples for name in each.labels} <= LABELS
+    exchanges = {each.labels["status"] for each in samples if each.name == "medhive_gateway_exchanges_total"}
+    assert exchanges <= {"2xx", "3xx", "4xx", "5xx", "none"}
+
+
+def test_a_proxy_that_passes_the_figures_on_gets_none(tmp_path: Path) -> None:
+    with running_gateway(tmp_path / "state", trusted_proxy="127.0.0.1") as gateway, gateway.http() as http:
+        inside = http.get(f"{gateway.url}/metrics")
+        assert inside.status_code == 200 and inside.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert http.get(f"{gateway.url}/metrics", headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 404
 
 
 def _metrics(world: World) -> str:

@@ -147,7 +147,7 @@ def test_ready_says_what_is_missing(tmp_path: Path) -> None:
         assert answer.status_code == 200
         assert answer.json() == {"status": "degraded", "database": "ok", "mlflow": "unreachable"}
         assert http.get(f"{gateway.url}/health").json()["status"] == "alive"
-        assert "medhive_events 2" in http.get(f"{gateway.url}/metrics").text
+        assert "medhive_events 2.0" in http.get(f"{gateway.url}/metrics").text
 
 
 def test_logs_hold_no_token_and_no_password(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The main job through real containers: `docker compose up`, three hospitals by `docker run`, from request to use."""
 
 import json
+import re
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from compose import BUILD_DEADLINE_S, DEADLINE_S, Compose, run
+from compose import BUILD_DEADLINE_S, DEADLINE_S, ROOT, Compose, run
 from stack import wait_until
 
 from fl_client.tasks.phantoms import CLASSES, make_phantoms
@@ -170,6 +171,28 @@ def code(*words: str) -> int:
 def address_of(compose: Compose, service: str) -> str:
     found = json.loads(run("docker", "inspect", compose.container(service)))[0]["NetworkSettings"]["Networks"]
     return str(next(network["IPAddress"] for name, network in found.items() if not name.endswith("_edge")))
+
+
+def test_prometheus_reads_every_service_at_the_proxy(compose: Compose) -> None:
+    """As the document says it: on the network of metrics, over TLS with the coordinator's CA and the proxy's name."""
+    script = (
+        "import ssl, sys, urllib.request\n"
+        "context = ssl.create_default_context(cadata=sys.stdin.read())\n"
+        "for name in sys.argv[1:]:\n"
+        "    page = urllib.request.urlopen('https://proxy:9464/' + name, context=context, timeout=20)\n"
+        "    print(page.read().decode())\n"
+    )
+    network = f"{compose.name}_metrics"
+    done = subprocess.run(
+        ["docker", "run", "--rm", "-i", "--network", network, "medhive/mlflow:0.1.0", "python", "-c", script, *SERVICES],
+        input=run("docker", "exec", compose.container("gateway"), "cat", "/state/tls/ca.crt"),
+        capture_output=True, text=True, check=True, timeout=DEADLINE_S,
+    )  # fmt: skip
+    shown = set(re.findall(r"(?m)^# HELP (\w+)", done.stdout))
+    document = (ROOT / "docs" / "monitoring.md").read_text("utf-8").split("\n### hospital")[0]
+    assert set(re.findall(r"`((?:medhive|mlflow)_[a-z0-9_]+)`", document.split("# What there is")[1])) <= shown
+    members = json.loads(run("docker", "network", "inspect", network))[0]["Containers"]
+    assert len(members) == 1, "the proxy alone"
 
 
 @pytest.mark.parametrize("service", SERVICES)

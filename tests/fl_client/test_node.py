@@ -335,6 +335,7 @@ def test_a_stopped_run_stops_the_training(scene: Scene) -> None:
 
 def test_a_killed_trainer_is_answered_and_the_next_round_works(scene: Scene) -> None:
     world, trainer, base = scene.world, scene.trainer, scene.base
+    restarts = trainer.restarts
     run = scene.consented(local_epochs=100)
     world.lease(run)
     digest = world.put(run, base)
@@ -349,6 +350,7 @@ def test_a_killed_trainer_is_answered_and_the_next_round_works(scene: Scene) -> 
         assert (body.outcome, body.reason_code) == ("failed", "out-of-memory")
         assert node.wait(RoundFailed).code == "out-of-memory"
         assert node.ask(scene.train(quick, world.put(quick, base))).outcome == "ok"
+        assert node.node.trainer_restarts == restarts + 2
 
 
 def test_activity_is_reported_while_it_lasts(scene: Scene) -> None:

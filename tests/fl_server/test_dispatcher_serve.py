@@ -52,6 +52,26 @@ def test_a_run_goes_from_request_to_version(stack: CoordinatorStack) -> None:
     until(lambda: not (stack.folder / "server" / "runs" / run_id).exists(), "its folder is removed")
 
 
+def test_what_its_processes_do_is_counted(stack: CoordinatorStack) -> None:
+    before = stack.figures()
+    stack.train_up_to(0)
+    run_id = stack.request("tumours", rounds=2)
+    stack.reached(run_id, 1)
+    during = stack.figures()
+    assert during["medhive_server_runs_active"] == 1
+    assert 0 <= during["medhive_server_lease_age_seconds"] < 30
+    stack.train_up_to(math.inf)
+    final_digest(stack, stack.ended(run_id))
+    until(lambda: stack.figures()["medhive_server_runs_active"] == 0, "the lease is given back", 30)
+    after = stack.figures()
+    assert after["medhive_server_rounds_total closed"] == before["medhive_server_rounds_total closed"] + 2
+    assert after["medhive_server_last_round_seconds"] >= after["medhive_server_last_round_overhead_seconds"] > 0
+    accepted = "medhive_server_contributions_total accepted"
+    # Two rounds and the last judgement, three sites.
+    assert after[accepted] - before[accepted] == 9
+    assert after["medhive_server_process_starts_total superlink"] == 1
+
+
 @pytest.mark.timeout(400)
 def test_killed_processes_change_no_bit_of_the_result(stack: CoordinatorStack) -> None:
     """One run of six rounds without trouble, and one in which each process is killed in turn, each in a round of its own."""

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from coordinator_stack import CLASSES, CoordinatorStack, coordinator
 from flower_stack import until
@@ -57,7 +58,13 @@ def test_nothing_is_lost_while_mlflow_is_away(stack: CoordinatorStack, mlflow: A
     # A whole run while MLflow has never been there.
     first = stack.request("tumours", rounds=2)
     assert stack.ended(first).state == "completed"
+    backlog = "medhive_server_tracking_backlog_runs"
+    until(lambda: stack.figures()[backlog] == 1, "MLflow's backlog is told", 60)
     stack.start_mlflow()
+    until(lambda: stack.figures()[backlog] == 0, "and that it is gone", 60)
+    shown = httpx.get(f"http://127.0.0.1:{stack.mlflow_metrics_port}/metrics", timeout=10).text
+    assert 'mlflow_http_request_total{method="POST",status="200"}' in shown
+    assert "mlflow_http_request_duration_seconds_bucket{" in shown
     run = tracked(stack, mlflow, first, "FINISHED")
     assert history(mlflow, run, "val_accuracy") == [(0, 0.6), (1, 0.7), (2, 0.7)]
     # MLflow goes away within a run, which is stopped meanwhile, and comes back.

@@ -131,13 +131,34 @@ def test_postgresql_is_reached_by_those_who_use_it() -> None:
         assert callers == {"gateway", "mlflow"}
 
 
-def test_prometheus_reaches_the_gateway_when_it_is_named() -> None:
-    prometheus = ("monitoring", {"app.kubernetes.io/name": "prometheus"})
+PROMETHEUS: Final = ("monitoring", {"app.kubernetes.io/name": "prometheus"})
+METRICS_PORT: Final = 9464
+
+
+def test_prometheus_reaches_the_proxys_page_of_figures_when_it_is_named_and_nothing_else() -> None:
     network = Network("postgres")
-    reached = {part for part, pod in network.pods.items() if network.allows("ingress", pod, prometheus, PORTS[part])}
-    assert reached == {"gateway", "proxy"}
+    ports = (METRICS_PORT, *PORTS.values(), 8080, 9092)
+    reached = {
+        (part, port)
+        for part, pod in network.pods.items()
+        for port in ports
+        if network.allows("ingress", pod, PROMETHEUS, port)
+    }
+    assert reached == {("proxy", METRICS_PORT), ("proxy", PORTS["proxy"])}
     network = Network("coordinator")
-    assert not network.allows("ingress", network.pods["gateway"], prometheus, PORTS["gateway"])
+    assert not network.allows("ingress", network.pods["proxy"], PROMETHEUS, METRICS_PORT)
+
+
+def test_only_the_proxy_fetches_figures_on_a_port_of_their_own() -> None:
+    metrics = dict.fromkeys(PORTS, METRICS_PORT)
+    assert Network("postgres").arrows(metrics) == {("proxy", "mlflow")}
+
+
+def test_a_hospital_shows_its_figures_to_its_own_prometheus_alone() -> None:
+    network, site = Network("gpu"), workloads("gpu")["site"]["spec"]["template"]["metadata"]["labels"]
+    assert network.allows("ingress", site, PROMETHEUS, METRICS_PORT)
+    assert not network.allows("ingress", site, ("elsewhere", {"app": "x"}), METRICS_PORT)
+    assert not network.allows("ingress", site, PROMETHEUS, PORTS["proxy"])
 
 
 def test_the_policies_can_be_left_out_and_the_notes_say_so() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import numpy as np
 from flower_stack import free_port, until
+from prometheus_client.parser import text_string_to_metric_families
 
 from fl_client.flower import FleetClosed, FleetConnection, Inbound, RunGone
 from fl_client.gateway import Gateway
@@ -106,12 +107,15 @@ class CoordinatorStack:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.gateway_port, self.fleet_port, self.mlflow_port = free_port(), free_port(), free_port()
+        self.metrics_port, self.mlflow_metrics_port = free_port(), free_port()
         self.state = self.folder / "gateway"
         self.gateway = self._process("gateway", ["-m", "api_gateway", "serve"], self._gateway_environment())
         self.server = self._process("server", ["-m", "fl_server", "serve"], self._server_environment())
         mlflow = [str(ROOT / "services" / "mlflow" / "serve.py")]
         environment = {"MEDHIVE_MLFLOW_STATE_DIR": str(self.folder / "mlflow")}
-        self.mlflow = self._process("mlflow", mlflow, {**environment, "MEDHIVE_MLFLOW_PORT": str(self.mlflow_port)})
+        ports = {"PORT": self.mlflow_port, "METRICS_PORT": self.mlflow_metrics_port}
+        environment |= {f"MEDHIVE_MLFLOW_{name}": str(port) for name, port in ports.items()}
+        self.mlflow = self._process("mlflow", mlflow, environment)
 
     def _process(self, name: str, arguments: list[str], environment: Mapping[str, str]) -> Process:
         return Process(name, [sys.executable, *arguments], environment, self.folder / f"{name}.log")
@@ -137,6 +141,7 @@ class CoordinatorStack:
             "TLS_CERT": str(tls / "superlink.crt"),
             "TLS_KEY": str(tls / "superlink.key"),
             "FLEET_PORT": str(self.fleet_port),
+            "METRICS_PORT": str(self.metrics_port),
         }
         if self.with_mlflow:
             environment["MLFLOW_URL"] = self.mlflow_url
@@ -186,6 +191,12 @@ class CoordinatorStack:
             return httpx.get(f"{self.mlflow_url}/health", timeout=2).is_success
         except httpx.HTTPError:
             return False
+
+    def figures(self) -> dict[str, float]:
+        """What the aggregator shows to Prometheus, by name and the values of its labels."""
+        page = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).text
+        samples = [each for family in text_string_to_metric_families(page) for each in family.samples]
+        return {" ".join((each.name, *each.labels.values())): each.value for each in samples}
 
     def stop(self) -> None:
         for hospital in self.hospitals.values():

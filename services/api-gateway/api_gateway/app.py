@@ -13,6 +13,7 @@ from sqlalchemy import delete
 from api_gateway import __version__, blobs, errors, events, runs
 from api_gateway.http import Frame
 from api_gateway.models import Attempt, Token, UsedNonce
+from api_gateway.monitoring import Exchanges, registry_of
 from api_gateway.patience import Pace
 from api_gateway.routes import blobs as blob_routes
 from api_gateway.routes import events as event_routes
@@ -42,13 +43,15 @@ def create_app(gateway: Gateway) -> FastAPI:
     )
     app.state.gateway = gateway
     app.state.mlflow_health = health.MlflowHealth(gateway.settings.mlflow_url)
+    app.state.metrics = registry_of(gateway, app.state.mlflow_health.ask)
     app.state.mlflow_logins = tracking.Remembered()
     errors.install(app)
     for module in (identity, sites, studies, run_routes, blob_routes, versions, event_routes):
         app.include_router(module.router, prefix=API)
     app.include_router(health.router)
     app.include_router(tracking.router)
-    app.add_middleware(Frame, pace=Pace(gateway.settings.body_window_s, gateway.settings.body_window_bytes))
+    pace = Pace(gateway.settings.body_window_s, gateway.settings.body_window_bytes)
+    app.add_middleware(Frame, pace=pace, count=Exchanges(app.state.metrics).count)
     return app
 
 

@@ -35,6 +35,7 @@ RequestId = Annotated[str, Path(pattern=r"^REQ_[1-9][0-9]{0,11}$")]
 RunId = Annotated[str, Path(pattern=r"^RUN_[1-9][0-9]{0,11}$")]
 VersionNumber = Annotated[int, Path(ge=0, le=MAX_NUMBER)]
 BlobDigest = Annotated[Digest, Path()]
+Count = Callable[[str, str, int, float], None]
 
 log = structlog.get_logger(__name__)
 
@@ -167,12 +168,13 @@ class StrictRoute(APIRoute):
 
 
 class Frame:
-    """ASGI middleware: protocol versions, limits of bodies, our own version on every answer, one log line each."""
+    """ASGI middleware: protocol versions, limits of bodies, our own version on every answer, one log line and count each."""
 
-    def __init__(self, app: ASGIApp, pace: Pace) -> None:
-        """Wrap an application."""
+    def __init__(self, app: ASGIApp, pace: Pace, count: Count) -> None:
+        """Wrap an application; `count` is told method, path, status and seconds of every exchange that has ended."""
         self.app = app
         self._pace = pace
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one exchange."""
@@ -188,7 +190,7 @@ class Frame:
         else:
             await self.app(scope, exchange.receive, exchange.send)
         finally:
-            exchange.log()
+            self._count(*exchange.log())
 
 
 def require_version(method: str, path: str, headers: Headers) -> None:
@@ -247,8 +249,9 @@ class _Exchange:
             headers["X-Content-Type-Options"] = "nosniff"
         await self._send(message)
 
-    def log(self) -> None:
-        milliseconds = round((time.monotonic() - self._began) * 1000)
+    def log(self) -> tuple[str, str, int, float]:
+        seconds = time.monotonic() - self._began
         facts = {"method": self._scope["method"], "path": self._scope["path"], "status": self._status}
         level = log.warning if self._status >= 500 else log.info if self._status >= 400 else log.debug
-        level("http.exchange", **facts, ms=milliseconds)
+        level("http.exchange", **facts, ms=round(seconds * 1000))
+        return self._scope["method"], self._scope["path"], self._status, seconds

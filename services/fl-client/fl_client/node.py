@@ -145,6 +145,11 @@ class Node:
         self._paused = False
         self._end: MedHiveError | None = None
 
+    @property
+    def trainer_restarts(self) -> int:
+        """How often the trainer was started again."""
+        return self._trainer.restarts
+
     # ---- life ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:

@@ -39,6 +39,8 @@ class Settings(BaseSettings):
     extra_ca_file: Path | None = _named("EXTRA_CA_FILE", None)
     fast_poll_s: float = Field(FAST_POLL_S, gt=0, validation_alias=PREFIX + "FAST_POLL_S")
     slow_poll_s: float = Field(SLOW_POLL_S, gt=0, validation_alias=PREFIX + "SLOW_POLL_S")
+    # Where this hospital's own Prometheus may read the node's figures; off without it.
+    metrics_port: int | None = Field(None, ge=1, le=65535, validation_alias=PREFIX + "METRICS_PORT")
     sync_s: float = Field(SYNC_S, gt=0, validation_alias=PREFIX + "SYNC_S")
 
     @field_validator("server_address")

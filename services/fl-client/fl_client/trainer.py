@@ -130,6 +130,7 @@ class Trainer:
         self._paused = False
         self._killed_on_purpose = False
         self._fruitless = 0
+        self._starts = 0
         self._closed = False
         self._change = threading.Condition()
         self._supervisor = threading.Thread(target=self._supervise, name="trainer-supervisor", daemon=True)
@@ -216,6 +217,11 @@ class Trainer:
                 process.kill()
         self._supervisor.join(CLOSE_GRACE_S)
 
+    @property
+    def restarts(self) -> int:
+        """How often a child was started after one that had ended, for whatever reason."""
+        return max(0, self._starts - 1)
+
     # ---- supervision ---------------------------------------------------------------------------------------------
 
     def _supervise(self) -> None:
@@ -248,6 +254,7 @@ class Trainer:
             stdout=subprocess.PIPE,
             env=child_environment(os.environ, limits),
         )
+        self._starts += 1
         self._process, self._applied, self._killed_on_purpose = process, limits, False
         self._arm(process)
         if self._paused:

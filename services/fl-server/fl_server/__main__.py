@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import structlog
 
@@ -22,12 +23,14 @@ from fl_server.flower import Command, SuperLink, superexec_command, superlink_co
 from fl_server.gate import Gate
 from fl_server.locking import FolderLock
 from fl_server.logs import log_json
+from fl_server.monitoring import Figures, Leases
 from fl_server.nodes import NodeRegistry
 from fl_server.settings import PREFIX, ServerSettings
 from fl_server.supervisor import Relay, Service, Supervisor, require_free_port
 from medhive.client import GatewayClient
 from medhive.errors import MedHiveError, Unreachable
 from medhive.leftovers import remove_leftovers
+from medhive.monitoring import LOOPBACK, served
 from medhive.wire import API, CoordinatorAnswer
 
 STEP_S = 1.0
@@ -65,12 +68,13 @@ class Server:
             self._introduce()
             if not self._wait_for_gateway(gateway):
                 return
-            supervisor = Supervisor(_services(settings), Relay())
+            figures = Figures(settings.state_dir)
+            supervisor = Supervisor(_services(settings), Relay(observe=figures.observe), figures.started)
             superlink = SuperLink(
                 address=settings.superlink_url, tls=ssl.create_default_context(cafile=str(settings.gateway_ca_file))
             )
             try:
-                self._serve(gateway, superlink, supervisor)
+                self._serve(gateway, superlink, supervisor, figures)
             finally:
                 supervisor.stop()
                 superlink.close()
@@ -106,7 +110,7 @@ class Server:
             version = study.get("newest_version")
             self._say(f"study {study['name']}, newest version {'none yet' if version is None else version}")
 
-    def _serve(self, gateway: GatewayClient, superlink: SuperLink, supervisor: Supervisor) -> None:
+    def _serve(self, gateway: GatewayClient, superlink: SuperLink, supervisor: Supervisor, figures: Figures) -> None:
         settings = self._settings
         nodes = NodeRegistry(gateway, superlink)
         dispatcher = Dispatcher(
@@ -118,13 +122,15 @@ class Server:
             max_runs=settings.max_runs,
             monotonic=time.monotonic,
         )
+        figures.registry.register(Leases(dispatcher.lease_ages))
         pending = [dispatcher.stop_stale, lambda: self._say("ready")]
-        while not self._stopped.is_set():
-            if "superexec" in supervisor.look():
-                pending.append(dispatcher.restart_all)
-            # In this order: a run must find the nodes of its sites registered.
-            self._try_all([*pending, nodes.sync, dispatcher.step], pending)
-            self._stopped.wait(STEP_S)
+        with _metrics(settings, figures):
+            while not self._stopped.is_set():
+                if "superexec" in supervisor.look():
+                    pending.append(dispatcher.restart_all)
+                # In this order: a run must find the nodes of its sites registered.
+                self._try_all([*pending, nodes.sync, dispatcher.step], pending)
+                self._stopped.wait(STEP_S)
 
     def _try_all(self, steps: Sequence[Callable[[], None]], pending: list[Callable[[], None]]) -> None:
         """Do the steps in order; what is pending stays so until it was done once. An outage ends the pass."""
@@ -139,6 +145,13 @@ class Server:
             self._trouble = str(error)
         else:
             self._trouble = ""
+
+
+def _metrics(settings: ServerSettings, figures: Figures) -> AbstractContextManager[object]:
+    """Serve the figures where a port for them is set."""
+    if settings.metrics_port is None:
+        return nullcontext()
+    return served(figures.registry, LOOPBACK, settings.metrics_port, f"{PREFIX}METRICS_PORT")
 
 
 def _services(settings: ServerSettings) -> list[Service]:
@@ -181,6 +194,7 @@ def _gate(settings: ServerSettings, address: str) -> Gate:
         key=settings.tls_key,
         ca=settings.gateway_ca_file,
         folder=settings.gate_dir,
+        metrics_port=settings.metrics_port,
     )
 
 

@@ -37,7 +37,11 @@ log = structlog.get_logger()
 
 @dataclass
 class Held:
-    """A run under our lease. `flower_run` is the SuperLink's number of its present process; None before one is started."""
+    """A run under our lease.
+
+    `flower_run` is the SuperLink's number of its present process, None before one is started; `confirmed_at` is when the
+    gateway last said that the lease holds.
+    """
 
     run_id: str
     fence: int
@@ -46,6 +50,7 @@ class Held:
     deaths: int = 0
     start_at: float = 0.0
     beat_at: float = 0.0
+    confirmed_at: float = 0.0
     last_words: str = field(default="", repr=False)
 
 
@@ -81,12 +86,17 @@ class Dispatcher:
         self._max_runs = max_runs
         self._monotonic = monotonic
         self._ending: dict[int, float] = {}
-        self._held = {run_id: Held(run_id, fence) for run_id, fence in _read_leases(leases_file).items()}
+        kept, now = _read_leases(leases_file), monotonic()
+        self._held = {run_id: Held(run_id, fence, confirmed_at=now) for run_id, fence in kept.items()}
 
     @property
     def held(self) -> tuple[Held, ...]:
         """The runs under our lease."""
         return tuple(self._held.values())
+
+    def lease_ages(self) -> tuple[float, ...]:
+        """For each run that is held, the seconds since the gateway last confirmed its lease; from any thread."""
+        return tuple(self._monotonic() - held.confirmed_at for held in self.held)
 
     def stop_stale(self) -> None:
         """Stop whatever an earlier life of this service left at the SuperLink; its runs are started anew.
@@ -126,7 +136,7 @@ class Dispatcher:
             if answer is None:
                 return
             lease = Lease.model_validate(answer)
-            self._held[lease.run_id] = Held(lease.run_id, lease.fence)
+            self._held[lease.run_id] = Held(lease.run_id, lease.fence, confirmed_at=self._monotonic())
             self._keep_leases()
             log.info("run.leased", run_id=lease.run_id, fence=lease.fence)
 
@@ -180,6 +190,7 @@ class Dispatcher:
             self._forget(held)
             shutil.rmtree(self._runs_dir / run.id, ignore_errors=True)
             return False
+        held.confirmed_at = self._monotonic()
         if run.round > held.round:
             held.round, held.deaths = run.round, 0
         return True

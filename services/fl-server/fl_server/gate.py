@@ -57,7 +57,7 @@ http {{
         ssl_certificate {certificate};
         ssl_certificate_key {key};
         location / {{ return 404; }}
-        location ~ ^/v1/fleet/({paths})$ {{
+{metrics}        location ~ ^/v1/fleet/({paths})$ {{
             limit_except POST {{ deny all; }}
             proxy_pass https://superlink;
             proxy_http_version 1.1;
@@ -74,6 +74,14 @@ http {{
 }}
 """
 
+METRICS = """\
+        # For the proxy's own page of figures; the proxy passes nothing but the paths below on from outside.
+        location = /metrics {{
+            limit_except GET {{ deny all; }}
+            proxy_pass http://127.0.0.1:{port};
+        }}
+"""
+
 
 class NginxMissing(MedHiveError):
     """A gate is asked for, but its program is not installed."""
@@ -83,7 +91,7 @@ class NginxMissing(MedHiveError):
 
 @dataclass(frozen=True)
 class Gate:
-    """Where the gate listens, and what it stands before."""
+    """Where the gate listens, and what it stands before: the SuperLink and, where there is a port of them, the figures."""
 
     address: str
     superlink_port: int
@@ -91,6 +99,7 @@ class Gate:
     key: Path
     ca: Path
     folder: Path
+    metrics_port: int | None = None
 
     def command(self) -> Command:
         """Write the configuration, and say how nginx is started on it.
@@ -122,4 +131,5 @@ class Gate:
             key=self.key.resolve(),
             ca=self.ca.resolve(),
             paths="|".join(FLEET_PATHS),
+            metrics=METRICS.format(port=self.metrics_port) if self.metrics_port else "",
         )

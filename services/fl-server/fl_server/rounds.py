@@ -253,15 +253,16 @@ class RunLoop:
             state, stats = self._aggregate(number, before, strategy, collected)
         except MedHiveError:
             self._report(number, self._round_report(RoundState.FAILED, opened, collected, left_out, before))
+            self._log.warning("round.failed", round=number)
             raise
         weights = self._folder.weights_path(number)
         self._desk.store(weights, stats.digest)
         report = self._round_report(RoundState.CLOSED, opened, collected, left_out, before, digest=stats.digest)
         after = self._save(number, weights, stats.digest, state, before.statistics, report=report)
         self._report(number, report)
-        self._log.info(
-            "round.closed", round=number, text=f"{self._run.id} {round_line(number, self._run.rounds, report)}"
-        )
+        line = f"{self._run.id} {round_line(number, self._run.rounds, report)}"
+        figures = {"seconds": report.seconds, "overhead_s": report.overhead_s}
+        self._log.info("round.closed", round=number, **figures, text=line)
         return after
 
     def _ask_updates(self, opened: _Opened, before: Checkpoint, members: Sequence[Member], needed: int) -> Collected:

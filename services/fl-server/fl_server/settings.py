@@ -55,6 +55,8 @@ class ServerSettings(BaseSettings):
     gate: Annotated[str, StringConstraints(pattern=r"^[^\s;{}]+:[0-9]{1,5}$")] | None = None
     # Runs that go on at once: each is a process of about 200 MB.
     max_runs: int = Field(8, ge=1, le=100)
+    # Where Prometheus reads the figures, over plain HTTP on loopback; in a container the gate passes them on over TLS.
+    metrics_port: int | None = Field(None, ge=1, le=65535)
     mlflow_url: Url | None = None
     mlflow_ca_file: Path | None = None
     mlflow_username: str | None = None

@@ -11,9 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 import structlog
 
@@ -68,10 +68,11 @@ class Service:
 class _Kept:
     """A service, its present process and when it may be started again."""
 
-    def __init__(self, service: Service, say: Callable[[str, str], None]) -> None:
+    def __init__(self, service: Service, say: Callable[[str, str], None], on_start: Callable[[str], None]) -> None:
         self.service = service
         self.starts = 0
         self._say = say
+        self._on_start = on_start
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._wait_s = FIRST_WAIT_S
@@ -101,6 +102,7 @@ class _Kept:
         )
         self._started_at = now
         self.starts += 1
+        self._on_start(self.service.name)
         reader = threading.Thread(
             target=self._relay, args=(self._process.stdout,), name=f"log-{self.service.name}", daemon=True
         )
@@ -129,10 +131,21 @@ class _Kept:
 
 
 class Supervisor:
-    """Keeps services running; `look` is called about once a second."""
+    """Keeps services running; `look` is called about once a second.
 
-    def __init__(self, services: Sequence[Service], say: Callable[[str, str], None]) -> None:
-        self._kept = [_Kept(service, say) for service in services]
+    Args:
+        services: in the order of their start.
+        say: told the name of a service and each line that it says.
+        on_start: told the name of a service at each of its starts.
+    """
+
+    def __init__(
+        self,
+        services: Sequence[Service],
+        say: Callable[[str, str], None],
+        on_start: Callable[[str], None] = lambda _name: None,
+    ) -> None:
+        self._kept = [_Kept(service, say, on_start) for service in services]
 
     def look(self) -> frozenset[str]:
         """Start what is not running and may be; returns the names of what was started again after a death."""
@@ -156,33 +169,46 @@ class Supervisor:
 
 
 class Relay:
-    """Passes the lines of services on: JSON as it is, other text as an event, the lines for people to `out` as well."""
+    """Passes the lines of services on: JSON as it is, other text as an event, the lines for people to `out` as well.
 
-    def __init__(self, out: TextIO = sys.stdout, err: TextIO = sys.stderr) -> None:
+    Args:
+        out, err: for people, and for the log.
+        observe: told each event.
+    """
+
+    def __init__(
+        self,
+        out: TextIO = sys.stdout,
+        err: TextIO = sys.stderr,
+        observe: Callable[[Mapping[str, Any]], None] = lambda _event: None,
+    ) -> None:
         self._out = out
         self._err = err
+        self._observe = observe
         self._lock = threading.Lock()
 
     def __call__(self, service: str, line: str) -> None:
         """Take one line of a service."""
         if not line:
             return
-        text = _text_of(line)
-        if text is None:
+        event = _event_of(line)
+        if event is None:
             log.info("service.said", service=service, line=line)
             return
+        text = str(event.get("text", ""))
         with self._lock:
+            self._observe(event)
             print(line, file=self._err, flush=True)
             if text:
                 print(text, file=self._out, flush=True)
 
 
-def _text_of(line: str) -> str | None:
-    """The text for people of a JSON log line, empty when it has none; None for what is no JSON log line."""
+def _event_of(line: str) -> Mapping[str, Any] | None:
+    """The event of a JSON log line; None for what is no JSON log line."""
     if not line.startswith("{"):
         return None
     try:
         event = json.loads(line)
     except ValueError:
         return None
-    return str(event.get("text", "")) if isinstance(event, dict) and "event" in event else None
+    return event if isinstance(event, dict) and "event" in event else None

@@ -135,6 +135,7 @@ class Tracker:
         self._progress = progress
         self._rounds_told: dict[str, set[int]] = {}
         self._aliases_told: dict[str, dict[str, str]] = {}
+        self._backlog: int | None = None
 
     def step(self) -> int:
         """Deliver what changed; returns how many runs were told.
@@ -143,6 +144,7 @@ class Tracker:
             TrackingAway, Unreachable: MLflow, or the gateway, does not answer; the next pass goes on.
         """
         if not self._is_up():
+            self._tell_backlog(self._waiting())
             raise TrackingAway("The MLflow server does not answer; runs go on, and it is told later.")
         told = sum(self._try(run_id) for run_id in sorted(self._progress.owed))
         after = self._progress.cursor - OVERLAP
@@ -152,8 +154,23 @@ class Tracker:
                 if self._progress.told.get(run.id) != run.updated_at.isoformat():
                     told += self._tell_row(run)
             if len(runs) < PAGE:
+                self._tell_backlog(len(self._progress.owed))
                 return told
             after = runs[-1].updated_at
+
+    def _waiting(self) -> int:
+        """How many runs have something to tell; no more than a page of those that changed, which is enough to be alarmed."""
+        changed = {run.id for run in self._changed(self._progress.cursor - OVERLAP) if self._is_news(run)}
+        return len(changed | self._progress.owed)
+
+    def _is_news(self, run: RunAnswer) -> bool:
+        return run.started_at is not None and self._progress.told.get(run.id) != run.updated_at.isoformat()
+
+    def _tell_backlog(self, runs: int) -> None:
+        """Say it once; the service, which reads this process's log, makes a figure of it."""
+        if runs != self._backlog:
+            self._backlog = runs
+            log.info("tracking.backlog", runs=runs)
 
     def _changed(self, after: datetime) -> list[RunAnswer]:
         """The next runs that changed after a moment, in the order of their change."""

@@ -209,3 +209,16 @@ spec:
   ports:
     - {protocol: TCP, port: {{ $database.port }}}
 {{- end -}}
+
+{{- /* The pods that may read figures, as a peer of a network policy; nothing where none are named. */}}
+{{- define "medhive.fromPrometheus" -}}
+{{- $prometheus := .Values.networkPolicies.prometheus }}
+{{- if and $prometheus.namespace $prometheus.podLabels -}}
+- namespaceSelector:
+    matchLabels:
+      kubernetes.io/metadata.name: {{ $prometheus.namespace | quote }}
+  podSelector:
+    matchLabels:
+      {{- toYaml $prometheus.podLabels | nindent 6 }}
+{{- end }}
+{{- end }}

@@ -7,19 +7,19 @@ import httpx
 import structlog
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from api_gateway import events, runs, statistics
-from api_gateway.http import gateway_of
-from api_gateway.work import Caller, Gateway
+from api_gateway import events
+from api_gateway.http import came_through_proxy, gateway_of
+from api_gateway.work import Gateway
 from medhive import __version__
-from medhive.errors import MedHiveError
-from medhive.states import Role
+from medhive.errors import MedHiveError, NotFound
 
 router = APIRouter(tags=["health"])
 MLFLOW_TIMEOUT_S = 2.0  # it is only asked whether it lives
 MLFLOW_ASKED_EVERY_S = 5.0
 MLFLOW_WAITED_FOR_S = 0.5
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 log = structlog.get_logger(__name__)
 
@@ -90,23 +90,12 @@ def _database_state(gateway: Gateway) -> str:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 def metrics(request: Request) -> PlainTextResponse:
-    """Figures in Prometheus' text format; not for the outside, where the proxy does not pass it on."""
-    gateway = gateway_of(request)
-    with gateway.unit(gateway.database.read, Caller(Role.ANALYST, "monitoring"), "") as work:
-        figures = statistics.compute(work)
-        head = events.head_number(work.session)
-        states = runs.counts(work)
-    lines = [f'medhive_runs{{state="{state}"}} {number}' for state, number in sorted(states.items())]
-    gauges = {
-        "sites_active": figures.sites,
-        "versions": figures.versions,
-        "blob_bytes": figures.blob_bytes,
-        "rounds_bytes_down": figures.bytes_down,
-        "rounds_bytes_up": figures.bytes_up,
-        "events": head,
-        "event_streams": gateway.hub.streams,
-    }
-    lines = ["# TYPE medhive_runs gauge", *lines]
-    for name, value in gauges.items():
-        lines += [f"# TYPE medhive_{name} gauge", f"medhive_{name} {value}"]
-    return PlainTextResponse("\n".join(lines) + "\n", media_type=METRICS_TYPE)
+    """Figures for Prometheus; not for the outside, where the proxy does not pass it on.
+
+    Raises:
+        NotFound: it was passed on after all, by a proxy that is set up wrongly.
+    """
+    if came_through_proxy(request, gateway_of(request)):
+        raise NotFound("There is nothing here for the outside.")
+    page = generate_latest(request.app.state.metrics).decode()
+    return PlainTextResponse(page, media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -13,6 +13,7 @@ import structlog
 from fl_client.cli.installation import load_settings, open_site
 from fl_client.cli.membership import join_with, known_identity
 from fl_client.cli.report import Reporter
+from fl_client.monitoring import Figures
 from fl_client.node import Node
 from medhive.leftovers import remove_leftovers
 from medhive.terminal import Command, Terminal, pass_terminal
@@ -36,8 +37,9 @@ def run(terminal: Terminal) -> None:
         terminal.note(f"{outcome.identity.site} has joined {outcome.identity.coordinator_name}.")
     with open_site() as site:
         remove_leftovers(site.settings.state_dir)
-        node = Node(site, Reporter(terminal))
-        with ended_by_signals(node.stop):
+        figures = Figures(site.settings, Reporter(terminal))
+        node = Node(site, figures)
+        with figures.served_for(node, site.store), ended_by_signals(node.stop):
             node.run()
 
 

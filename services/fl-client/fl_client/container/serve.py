@@ -23,6 +23,7 @@ from fl_client.container.folders import StateUnusable, is_mounted, require_data,
 from fl_client.container.health import Pulse
 from fl_client.container.waiting import Patience, Voice
 from fl_client.identity import AlreadyJoined, Identity, Invite, JoinOutcome, WrongAuthority
+from fl_client.monitoring import Figures
 from fl_client.node import Node
 from fl_client.settings import Settings
 from fl_client.site import join_site
@@ -47,6 +48,7 @@ RETRY_S: Final = 5.0
 PASSING: Final = frozenset({httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT})
 """What a proxy answers whose gateway is not up yet."""
 
+EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - of the container, whose ports nobody reaches until one is published
 COORDINATOR: Final = "coordinator"
 JoinOnce = Callable[[Settings, str], JoinOutcome]
 
@@ -78,8 +80,9 @@ def serve(terminal: Terminal) -> None:
     with open_site() as site:
         remove_leftovers(settings.state_dir)
         terminal.note(device_line(site.limits().device, gpus(), torch_version()))
-        node = Node(site, Voice(Reporter(terminal), patience), on_tick=patience.tick)
-        with ended_by_signals(node.stop):
+        figures = Figures(site.settings, Voice(Reporter(terminal), patience))
+        node = Node(site, figures, on_tick=patience.tick)
+        with figures.served_for(node, site.store, EVERYWHERE), ended_by_signals(node.stop):
             node.run()
 
 
