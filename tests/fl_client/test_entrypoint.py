@@ -470,8 +470,8 @@ def test_a_refused_invite_has_its_exit_code(stack: Stack, tmp_path: Path) -> Non
 
 
 def test_another_coordinators_invite_is_a_wrong_authority(stack: Stack, tmp_path: Path) -> None:
-    secret = invite(stack, "careful").rsplit(".", 1)[0]
-    program = hospital(stack, tmp_path, "careful", f"{secret}.{'A' * 43}")
+    kind, seed, _, trust = invite(stack, "careful").split(".")
+    program = hospital(stack, tmp_path, "careful", f"{kind}.{seed}.{'A' * 43}.{trust}")
     assert ended(program) == Exit.AUTHORITY
     assert "not the one that made this invite" in program.text()
 

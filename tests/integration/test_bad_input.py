@@ -257,13 +257,13 @@ def test_a_reused_invite(whole: WholeWorld) -> None:
 
 
 def test_a_forged_invite(whole: WholeWorld) -> None:
-    kind, _, authority = whole.stack.admin_json("invite", "hospital-forged")["token"].split(".")
+    kind, _, *rest = whole.stack.admin_json("invite", "hospital-forged")["token"].split(".")
     secret = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")
-    done = join_fails(whole, "hospital-forged", f"{kind}.{secret}.{authority}")
+    done = join_fails(whole, "hospital-forged", ".".join((kind, secret, *rest)))
     refused(done, "invite is unknown", "ask the coordinator for a new one")
     assert secret not in done.stderr
     elsewhere = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")
-    other = join_fails(whole, "hospital-forged", f"{kind}.{secret}.{elsewhere}")
+    other = join_fails(whole, "hospital-forged", f"{kind}.{secret}.{elsewhere}.pinned")
     refused(other, "not the one that made this invite", "'Another server answers'")
 
 

@@ -348,7 +348,7 @@ def _checked(answer: CoordinatorAnswer, pinned: VerifyKey, nonce: str) -> Introd
         return introduced(answer, pinned, nonce)
     except (BadSignature, InvalidInput) as error:
         raise WrongAuthority(
-            "The server that answers is not the coordinator that made this invite; check SERVER_ADDRESS, and ask the "
+            "The server that answers is not the one that made this invite; check SERVER_ADDRESS, and ask the "
             "coordinator for a new invite if it was set up anew."
         ) from error
 
