@@ -162,17 +162,18 @@ def test_when_a_child_with_two_runs_dies_both_are_tried_again(trainer: Trainer, 
     assert len({ticket.result()["digest"] for ticket in tickets}) == 1
 
 
-def test_a_job_without_memory_is_answered_with_the_reason(images: Source, tmp_path: Path) -> None:
+def test_a_job_without_memory_is_answered_with_the_reason(trainer: Trainer, images: Source, tmp_path: Path) -> None:
     tight = Limits(cpu_threads=1, memory_bytes=SMALLEST_MEMORY_BYTES, device="cpu")
     wide = images.data.model_copy(update={"options": {"image_size": 1024, "model": "resnet-gn-wide"}})
     big = images.model_copy(update={"data": wide})
-    with Trainer(lambda: tight) as trainer:
+    (tmp_path / "big").mkdir()
+    make_base(trainer, big, tmp_path / "big")
+    with Trainer(lambda: tight) as narrow:
         # The libraries load, and small jobs are done, with the least memory that may be set.
-        make_base(trainer, images, tmp_path)
-        trainer.run(training(images, tmp_path, "small", epochs=1))
-        make_base(trainer, big, tmp_path)
+        make_base(narrow, images, tmp_path)
+        narrow.run(training(images, tmp_path, "small", epochs=1))
         with pytest.raises(JobFailed) as caught:
-            trainer.run(training(big, tmp_path, "big"))
+            narrow.run(training(big, tmp_path / "big", "big"))
     assert caught.value.cause_code == "out-of-memory"
 
 
@@ -405,6 +406,8 @@ def test_the_childs_environment_has_the_threads_and_no_invite() -> None:
         "MKL_NUM_THREADS": "3",
         "OPENBLAS_NUM_THREADS": "3",
     }
+    limited = child_environment({"PATH": "/bin"}, Limits(memory_bytes=SMALLEST_MEMORY_BYTES))
+    assert limited == {"PATH": "/bin", "MALLOC_ARENA_MAX": "1"}, "address space is not spent on what nothing uses"
 
 
 def test_a_ticket_keeps_its_first_outcome(images: Source) -> None:

@@ -9,7 +9,7 @@ from medhive.errors import InvalidInput
 
 LIMITS = "limits"
 # Address space, which is what the system limits, not memory in use. torch 2.13 and MONAI on one thread of a CPU take
-# 1,140 MB of it when they are loaded and up to 1,450 MB in training on small images; with less, loading may never end.
+# 1,090 MB of it when they are loaded and 1,200 MB in training on small images; with less, loading may never end.
 SMALLEST_MEMORY_BYTES = 1_500_000_000
 MAX_THREADS = 1024
 
