@@ -1,6 +1,9 @@
 """Signatures: what fits is accepted, anything else is refused by name."""
 
+import signal
 import stat
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from medhive.consent import Consent, ConsentBody
 from medhive.errors import BadSignature, InvalidInput
+from medhive.leftovers import remove_leftovers
 from medhive.signing import Signed, SigningKey, VerifyKey, canonical_json, digest_of, sign
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -81,6 +85,20 @@ def test_key_file_is_private_and_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         SigningKey.generate().save(path)
     assert SigningKey.load(path).public == key.public
+
+
+def test_a_process_killed_while_it_writes_a_key_leaves_no_half_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "consent.pem"
+    script = "import os, signal, sys; from pathlib import Path; import medhive.signing as s\n"
+    script += "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+    script += "s.write_secret(Path(sys.argv[1]), b'half')\n"
+    killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert not path.exists()
+    SigningKey.generate().save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    SigningKey.load(path)
+    assert remove_leftovers(tmp_path, age_s=0.0) == 1
 
 
 def test_unreadable_key_files_are_named(tmp_path: Path) -> None:

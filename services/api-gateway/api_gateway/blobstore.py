@@ -17,7 +17,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from medhive.errors import Conflict, DigestMismatch, InvalidInput, NoSpace, TooLarge
-from medhive.packing import Layout, sync_folder
+from medhive.leftovers import sync_folder
+from medhive.packing import Layout
 
 MAX_BLOB_BYTES = 2 * 1024**3  # float32 weights of half a billion parameters
 MAX_PART_BYTES = 8 * 1024**2  # of one PUT: what is lost at most when a connection breaks

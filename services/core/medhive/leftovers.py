@@ -43,3 +43,14 @@ def _remove(path: Path, oldest: float) -> bool:
     except OSError:
         return False
     return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable. Windows cannot open folders, and keeps its own journal of names."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medhive.errors import InvalidInput, MedHiveError, NoSpace, NotFound
-from medhive.leftovers import temporary_beside
+from medhive.leftovers import sync_folder, temporary_beside
 
 Flat = NDArray[np.float32]
 
@@ -525,14 +525,3 @@ def _disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"The disk is full: {path.name} could not be written. Free some space.") from error
         raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable. Windows cannot open folders, and keeps its own journal of names."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, Field
 
 from medhive.errors import BadSignature, InvalidInput
+from medhive.leftovers import sync_folder, temporary_beside
 
 
 def canonical_json(body: Any) -> bytes:
@@ -152,17 +153,24 @@ class SigningKey:
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Create a file of mode 0600 and make it durable.
+    """Create a file of mode 0600, durable, and whole or not at all: a process killed on the way leaves no half a key.
 
     Raises:
         FileExistsError: there is a file already.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    part = temporary_beside(path)
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # A link, unlike a rename, never takes another file's place.
+        os.link(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 class SignedBody(BaseModel):

@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medhive.errors import MedHiveError, NoSpace
-from medhive.packing import sha256_file, sync_folder
+from medhive.leftovers import sync_folder
+from medhive.packing import sha256_file
 from medhive.spec import Digest
 from medhive.strategies import StrategyState
 from medhive.wire import RoundReport
