@@ -5,6 +5,7 @@ coordinator's live event stream.
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Final
 
 import click
@@ -77,6 +78,7 @@ def _items(context: click.Context, terminal: Terminal, site: Site) -> tuple[Item
         Item("Send a training request", call(runs.request)),
         Item("Agree to a run", call(runs.consent)),
         Item("Decline a run", call(runs.decline)),
+        Item("Withdraw from a run", lambda: context.invoke(runs.withdraw, run_id=terminal.ask(None, "Run", "RUN_n"))),
         Item("Requests", call(runs.requests)),
         Item("Version history", call(versions.history)),
         Item("Last version", lambda: _last_version(context, site)),
@@ -84,8 +86,14 @@ def _items(context: click.Context, terminal: Terminal, site: Site) -> tuple[Item
         Item("Notifications", lambda: _notifications(terminal, site)),
         Item("Accept a version", call(versions.accept)),
         Item("Reject a version", call(versions.reject)),
+        Item("Go back to an earlier version", call(versions.rollback)),
+        Item("Use the model", lambda: context.invoke(versions.predict, path=_ask_path(terminal))),
         Item("Settings", call(membership.settings)),
     )
+
+
+def _ask_path(terminal: Terminal) -> Path:
+    return Path(terminal.ask(None, "File or folder", "PATH")).expanduser()
 
 
 def _last_version(context: click.Context, site: Site) -> None:
