@@ -8,12 +8,15 @@ _TLS_CERT and _TLS_KEY (without them it speaks plain HTTP, for loopback alone); 
 _METRICS_PORT is where Prometheus reads how the server is used.
 """
 
+import ctypes
 import hashlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +28,9 @@ LOGIN_FILES = ("WRITER_PASSWORD_FILE", "READER_PASSWORD_FILE", "COOKIE_SECRET_FI
 PASSWORD_CHECKED_EVERY_S = 60  # MLflow's slow hash of a password costs more than most of its answers
 METRICS = "metrics"
 PARENT_LOOK_S = 1.0
+LOOK_S = 1.0  # how soon the server's own end, or a new certificate, is noticed
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+END_S = 4.0  # from SIGTERM to SIGKILL: a container is to end within five seconds
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -158,17 +164,18 @@ def environment_of_server(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def start_metrics(environment: Mapping[str, str]) -> None:
+def start_metrics(environment: Mapping[str, str]) -> "subprocess.Popen[bytes] | None":
     """Start the process that shows the server's counts, where a port for it is set; it ends with this process.
 
     MLflow shows them by itself, but behind its login to its admin alone, who may do everything.
     """
     port = environment.get(f"{PREFIX}METRICS_PORT")
-    if port:
-        folder = _state_folder(environment) / METRICS
-        shutil.rmtree(folder, ignore_errors=True)  # the counts of an earlier process would be added
-        folder.mkdir(mode=0o700)
-        subprocess.Popen([sys.executable, __file__, METRICS, str(os.getpid()), str(int(port)), str(folder)])
+    if not port:
+        return None
+    folder = _state_folder(environment) / METRICS
+    shutil.rmtree(folder, ignore_errors=True)  # the counts of an earlier process would be added
+    folder.mkdir(mode=0o700)
+    return subprocess.Popen([sys.executable, __file__, METRICS, str(os.getpid()), str(int(port)), str(folder)])
 
 
 def show_metrics(parent: int, port: int, folder: str, environment: Mapping[str, str]) -> None:
@@ -185,17 +192,70 @@ def show_metrics(parent: int, port: int, folder: str, environment: Mapping[str, 
 
 
 def main() -> None:
-    """Become the server, so that signals reach it."""
+    """Become the server, or, where it shows a certificate, the one who starts it anew when that is renewed."""
     try:
         argv, environment = command(os.environ), environment_of_server(os.environ)
         ensure_logins(os.environ)
+        shown = certificate_files(os.environ)
+        if os.name == "nt" or shown:
+            raise SystemExit(keep_serving(argv, environment, shown))
         start_metrics(os.environ)
     except (Misconfigured, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the command line's answer
         raise SystemExit(1) from None
-    if os.name == "nt":  # There, a process cannot become another.
-        raise SystemExit(subprocess.call(argv, env=environment))
     os.execve(argv[0], argv, environment)  # noqa: S606 - an argument list, no shell
+
+
+def certificate_files(environment: Mapping[str, str]) -> list[Path]:
+    """What the server shows, and knows only by a new start when it is renewed."""
+    return [
+        Path(environment[f"{PREFIX}TLS_{part}"]) for part in ("CERT", "KEY") if environment.get(f"{PREFIX}TLS_{part}")
+    ]
+
+
+def keep_serving(argv: list[str], environment: Mapping[str, str], shown: list[Path]) -> int:
+    """Run the server, anew with each new certificate, until it ends by itself or is told to; returns its exit code.
+
+    Nothing is lost by a new start: what the aggregator cannot deliver meanwhile it delivers afterwards.
+    """
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: told.set())
+    while True:
+        held, metrics = _content(shown), start_metrics(environment)
+        server = subprocess.Popen(argv, env=environment, preexec_fn=_end_with_parent)  # noqa: PLW1509 - no threads here
+        while server.poll() is None and not told.is_set() and _content(shown) in (held, None):
+            told.wait(LOOK_S)
+        code = server.poll()
+        for process in (metrics, server):
+            _end(process)
+        if code is not None or told.is_set():
+            return code or 0
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent was killed: no second server may find the port taken (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end(process: "subprocess.Popen[bytes] | None") -> None:
+    if process is None:
+        return
+    process.terminate()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _content(files: list[Path]) -> list[bytes] | None:
+    """What the files hold; None while one of them is being replaced."""
+    try:
+        return [path.read_bytes() for path in files]
+    except OSError:
+        return None
 
 
 if __name__ == "__main__":

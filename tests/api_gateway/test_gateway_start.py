@@ -145,7 +145,8 @@ def test_ready_says_what_is_missing(tmp_path: Path) -> None:
     with running_gateway(tmp_path / "state", mlflow_url="https://127.0.0.1:9") as gateway, gateway.http() as http:
         answer = http.get(f"{gateway.url}/ready")
         assert answer.status_code == 200
-        assert answer.json() == {"status": "degraded", "database": "ok", "mlflow": "unreachable"}
+        said = {"status": "degraded", "database": "ok", "mlflow": "unreachable", "certificates_ending": []}
+        assert answer.json() == said
         assert http.get(f"{gateway.url}/health").json()["status"] == "alive"
         assert "medhive_events 2.0" in http.get(f"{gateway.url}/metrics").text
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -142,3 +143,25 @@ def test_wrong_settings_are_named_in_one_sentence(tmp_path: Path, monkeypatch: p
     (tmp_path / "TLS_KEY").unlink()
     with pytest.raises(BadSettings, match=r"MEDHIVE_SERVER_TLS_KEY names .* which is no file"):
         ServerSettings.load()
+
+
+def test_a_renewed_certificate_is_taken_up(supervise: Supervise, tmp_path: Path) -> None:
+    certificate = tmp_path / "shown.crt"
+    certificate.write_text("first")
+    speaks = "import signal; signal.signal(signal.SIGHUP, lambda *_: print('again', flush=True)); "
+    argv = [sys.executable, "-u", "-c", speaks + FOREVER]
+    listens = Service("gate", lambda: Command(argv, dict(os.environ)), (certificate,), signal.SIGHUP)
+    deaf = Service(
+        "superlink", lambda: Command([sys.executable, "-u", "-c", FOREVER], dict(os.environ)), (certificate,)
+    )
+    supervisor, said = supervise(listens, deaf)
+    assert supervisor.look() == frozenset()
+    until(lambda: len(said) == 2, "both speak")
+    assert supervisor.look() == frozenset()
+    certificate.unlink()
+    assert supervisor.look() == frozenset(), "one that is being replaced is waited for"
+    certificate.write_text("second")
+    assert supervisor.look() == {"superlink"}
+    until(lambda: ("gate", "again") in said, "the gate reads it anew")
+    until(lambda: [name for name, _ in said].count("superlink") == 2, "the other one starts with it")
+    assert supervisor.look() == frozenset()

@@ -2,10 +2,13 @@
 
 import importlib.util
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from flower_stack import until
 
 SCRIPT = Path(__file__).parents[2] / "services" / "mlflow" / "serve.py"
 
@@ -70,3 +73,26 @@ def test_logins_come_from_files_and_stand_on_no_command_line(serve: ModuleType, 
     del environment["MEDHIVE_MLFLOW_READER_PASSWORD_FILE"]
     with pytest.raises(serve.Misconfigured, match="MEDHIVE_MLFLOW_READER_PASSWORD_FILE"):
         serve.command(environment)
+
+
+def test_a_renewed_certificate_starts_the_server_anew(tmp_path: Path) -> None:
+    certificate, log = tmp_path / "shown.crt", tmp_path / "log"
+    certificate.write_text("first")
+    server = (
+        f"import time; shown = open({str(certificate)!r}).read(); "
+        f"open({str(log)!r}, 'a').write(f'started {{shown}}\\n'); time.sleep(600)"
+    )
+    code = (
+        f"import importlib.util as u; from pathlib import Path; s = u.spec_from_file_location('serve', {str(SCRIPT)!r}); "
+        "m = u.module_from_spec(s); s.loader.exec_module(m); "
+        f"raise SystemExit(m.keep_serving([{sys.executable!r}, '-c', {server!r}], {{}}, [Path({str(certificate)!r})]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        until(lambda: log.exists() and log.read_text() == "started first\n", "the first start")
+        certificate.write_text("second")
+        until(lambda: log.read_text() == "started first\nstarted second\n", "the second start")
+        process.terminate()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()

@@ -75,7 +75,7 @@ ROWS: Final[Mapping[str, tuple[str, ...]]] = {
     "a forged invite": (
         f"{HERE}::test_a_forged_invite",
         f"{JOINING}::test_a_forged_invite_is_refused",
-        "fl_client/test_site_join.py::test_another_authority_never_sees_the_secret",
+        "fl_client/test_site_join.py::test_another_coordinator_is_not_joined",
     ),
     "a consent signed by the wrong key": (f"{CONSENTS}::test_a_consent_by_another_key_is_refused",),
     "a consent for another spec, or expired": (f"{CONSENTS}::test_a_consent_that_does_not_cover_the_run_is_refused",),

@@ -94,8 +94,9 @@ def serve(settings: Settings, out: TextIO) -> None:
         gateway, password = build(settings)
         configure_logging()
         _announce(gateway, sock, password, out)
+        app = create_app(gateway)
         config = uvicorn.Config(
-            create_app(gateway),
+            app,
             ssl_certfile=str(gateway.state.certificate_file),
             ssl_keyfile=str(gateway.state.key_file),
             log_config=None,
@@ -106,6 +107,9 @@ def serve(settings: Settings, out: TextIO) -> None:
             timeout_keep_alive=KEEP_ALIVE_S,
             http=guarded_protocol(settings.head_s),
         )
+        config.load()
+        if config.ssl is not None:
+            app.state.renewal.serves_with(config.ssl)
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(_Server(config, gateway.hub).serve(sockets=[sock]))
 

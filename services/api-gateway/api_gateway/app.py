@@ -15,6 +15,7 @@ from api_gateway.http import Frame
 from api_gateway.models import Attempt, Token, UsedNonce
 from api_gateway.monitoring import Exchanges, registry_of
 from api_gateway.patience import Pace
+from api_gateway.renewal import Renewal
 from api_gateway.routes import blobs as blob_routes
 from api_gateway.routes import events as event_routes
 from api_gateway.routes import health, identity, sites, studies, tracking, versions
@@ -44,6 +45,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.state.gateway = gateway
     app.state.mlflow_health = health.MlflowHealth(gateway.settings.mlflow_url)
     app.state.metrics = registry_of(gateway, app.state.mlflow_health.ask)
+    app.state.renewal = Renewal(gateway)
     app.state.mlflow_logins = tracking.Remembered()
     errors.install(app)
     for module in (identity, sites, studies, run_routes, blob_routes, versions, event_routes):
@@ -62,6 +64,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     tasks = [
         asyncio.create_task(_repeat(SETTLE_EVERY_S, "settle", lambda: runs.settle_due(gateway))),
         asyncio.create_task(_repeat(SWEEP_EVERY_S, "sweep", lambda: sweep(gateway), at_once=True)),
+        asyncio.create_task(_repeat(gateway.settings.renewal_look_s, "renewal", app.state.renewal.look, at_once=True)),
         asyncio.create_task(_watch(gateway)),
     ]
     yield

@@ -29,6 +29,8 @@ class Kind(StrEnum):
     """Everything that is ever said in the log; the part before the dot is the kind of its subject."""
 
     COORDINATOR_CREATED = "coordinator.created"
+    CERTIFICATES_RENEWED = "certificate.renewed"
+    CERTIFICATE_ENDS = "certificate.ends"
     ACCOUNT_CREATED = "account.created"
     ACCOUNT_DISABLED = "account.disabled"
     ACCOUNT_PASSWORD = "account.password-set"  # noqa: S105

@@ -14,7 +14,7 @@ from sqlalchemy import Select, func, or_, select
 
 from api_gateway import blobs, events, runs
 from api_gateway.models import Round, Run, Site, TrainingRequest, Version
-from api_gateway.state import LEAVES
+from api_gateway.state import LEAVES, own_certificate
 from api_gateway.work import Caller, Gateway, Work
 from medhive.monitoring import new_registry
 from medhive.spec import RunSpec
@@ -177,6 +177,9 @@ def _certificates(gateway: Gateway) -> Metric:
     for leaf in LEAVES:
         # Read each time: what is renewed lies there anew.
         ends.add_metric([leaf], _end_of((gateway.state.folder / "tls" / f"{leaf}.crt").read_bytes()).timestamp())
+    own = own_certificate(gateway.settings)
+    if own is not None:
+        ends.add_metric(["own"], own.not_valid_after_utc.timestamp())
     return ends
 
 

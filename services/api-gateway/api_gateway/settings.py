@@ -34,6 +34,10 @@ class Settings(BaseSettings):
     # Where a hospital's node reaches Flower's fleet API: HOST:PORT, told to it in the answer to its join.
     fleet_address: str = "localhost:9092"
     coordinator_name: str = Field("Coordinator", min_length=1, max_length=120)
+    # How long the services' certificates run; a new one is made in the last 60 days, or the last third of a shorter life.
+    certificate_days: float = Field(397, gt=0, le=825)
+    # How often is looked whether one is due, and whether an own one has changed.
+    renewal_look_s: float = Field(60.0, gt=0, le=86400)
     # The certificate that the proxy shows when it is not MedHive's own: hospitals then trust public roots at that address.
     own_cert_file: Path | None = None
     # Only asked for its health.

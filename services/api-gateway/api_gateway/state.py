@@ -39,6 +39,8 @@ class State:
     server_token_sha256: str
     successions: tuple[Succession, ...] = ()
     address_trust: AddressTrust = AddressTrust.PINNED
+    # The certificates that were made just now.
+    made: tuple[str, ...] = ()
 
     @property
     def authorities(self) -> tuple[str, ...]:
@@ -91,9 +93,12 @@ def open_state(settings: Settings, folder: Path) -> State:
     (folder / "blobs").mkdir(mode=0o700, exist_ok=True)
     authority = Authority.open(tls, settings.coordinator_name)
     now = datetime.datetime.now(datetime.UTC)
+    validity = datetime.timedelta(days=settings.certificate_days)
+    made = []
     for leaf, own_name in LEAVES.items():
         names = (own_name, *(settings.public_names if leaf in PUBLIC_LEAVES else ()))
-        authority.ensure_leaf(tls, leaf, names, now)
+        if authority.ensure_leaf(tls, leaf, names, now, validity):
+            made.append(leaf)
     token = _ensure_secret(folder / "secrets" / "server-token")
     return State(
         folder,
@@ -101,6 +106,7 @@ def open_state(settings: Settings, folder: Path) -> State:
         _coordinator_key(folder),
         hashlib.sha256(token.encode()).hexdigest(),
         address_trust=_address_trust(settings, authority),
+        made=tuple(made),
     )
 
 

@@ -22,8 +22,8 @@ from medhive.errors import InvalidInput
 from medhive.signing import write_secret
 
 CA_VALIDITY = datetime.timedelta(days=3650)  # hospitals pin the CA at their join: it must outlive every study
-LEAF_VALIDITY = datetime.timedelta(days=397)  # what browsers accept at most; renewed at a start when it runs out
-RENEW_BEFORE = datetime.timedelta(days=30)
+LEAF_VALIDITY = datetime.timedelta(days=397)  # what browsers accept at most
+RENEW_BEFORE = datetime.timedelta(days=60)  # twice the alarm's time, so that a renewed one never raises it
 BACKDATED = datetime.timedelta(
     minutes=10
 )  # a hospital whose clock is a little behind must not refuse a new certificate
@@ -76,26 +76,31 @@ class Authority:
         names: Sequence[str],
         now: datetime.datetime,
         validity: datetime.timedelta = LEAF_VALIDITY,
-    ) -> None:
-        """Make `<name>.crt` and `<name>.key`, valid for these host names, unless there is a pair that still serves."""
+    ) -> bool:
+        """Make `<name>.crt` and `<name>.key`, valid for these host names, unless there is a pair that still serves.
+
+        Returns whether it was made.
+        """
         certificate_path, key_path = folder / f"{name}.crt", folder / f"{name}.key"
         wanted = (*LOCAL_NAMES, *(each for each in names if each not in LOCAL_NAMES))
-        if certificate_path.exists() and key_path.exists() and self._serves(certificate_path, wanted, now):
-            return
-        certificate_path.unlink(missing_ok=True)
-        key_path.unlink(missing_ok=True)
+        due = now + min(RENEW_BEFORE, validity / 3)
+        if certificate_path.exists() and key_path.exists() and self._serves(certificate_path, wanted, due):
+            return False
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._issue(key.public_key(), wanted, now, validity)
-        write_secret(key_path, _key_pem(key))
-        # The chain goes along, so that a peer that pins the CA by its digest finds it in the handshake.
+        # Whoever reads between the two, or finds them after a crash, has a pair that does not fit, and looks again.
+        _write_whole(key_path, _key_pem(key))
         _write_whole(certificate_path, certificate.public_bytes(serialization.Encoding.PEM) + self.pem.encode())
+        return True
 
-    def _serves(self, path: Path, wanted: Sequence[str], now: datetime.datetime) -> bool:
+    def _serves(self, path: Path, wanted: Sequence[str], until: datetime.datetime) -> bool:
         certificate = load_certificate(path)
+        if certificate.public_key() != _load_key(path.with_suffix(".key")).public_key():
+            return False
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return (
-            certificate.issuer == self.certificate.subject
-            and certificate.not_valid_after_utc > now + RENEW_BEFORE
+            self.issued(certificate)
+            and certificate.not_valid_after_utc > until
             and list(names) == [_general_name(name) for name in wanted]
         )
 
@@ -130,8 +135,9 @@ def _make_authority(certificate_path: Path, key_path: Path, name: str) -> None:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    write_secret(part, content)
     part.replace(path)
 
 

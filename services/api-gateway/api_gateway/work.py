@@ -76,9 +76,9 @@ PEOPLE_AND_SITES = (Role.ADMIN, Role.ANALYST, Role.SITE)
 READERS = (Role.ADMIN, Role.ANALYST)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gateway:
-    """The parts of one gateway process, built once at its start."""
+    """The parts of one gateway process, built once at its start; `state` is replaced when certificates are renewed."""
 
     settings: Settings
     state: State

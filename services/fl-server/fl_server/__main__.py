@@ -157,9 +157,13 @@ def _metrics(settings: ServerSettings, figures: Figures) -> AbstractContextManag
 def _services(settings: ServerSettings) -> list[Service]:
     """SuperLink, superexec and, where asked for, the gate and tracking."""
     settings.superexec_secret_file.stat()
-    services = [Service("superlink", lambda: _superlink(settings)), Service("superexec", lambda: _superexec(settings))]
+    shown = (settings.tls_cert, settings.tls_key)
+    services = [
+        Service("superlink", lambda: _superlink(settings), shown),
+        Service("superexec", lambda: _superexec(settings)),
+    ]
     if settings.gate:
-        services.append(Service("gate", _gate(settings, settings.gate).command))
+        services.append(Service("gate", _gate(settings, settings.gate).command, shown, signal.SIGHUP))
     if settings.mlflow_url:
         services.append(Service("tracking", _tracking))
     return services

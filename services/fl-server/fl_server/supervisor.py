@@ -6,6 +6,7 @@ log, one line at a time; the lines for people, which carry a `text`, go to stand
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, TextIO
 
 import structlog
@@ -59,10 +61,20 @@ def require_free_port(port: int, variable: str) -> None:
 
 @dataclass(frozen=True)
 class Service:
-    """A process to keep running. `command` is asked anew at each start."""
+    """A process to keep running. `command` is asked anew at each start.
+
+    When one of `files` changes (a renewed certificate), the process is told so by `reload`, a signal, or, where it knows
+    none, ended and started again at once.
+    """
 
     name: str
     command: Callable[[], Command]
+    files: tuple[Path, ...] = ()
+    reload: signal.Signals | None = None
+
+    def reading(self) -> tuple[bytes, ...]:
+        """What the files hold now; one that is away for a moment holds nothing."""
+        return tuple(path.read_bytes() if path.is_file() else b"" for path in self.files)
 
 
 class _Kept:
@@ -77,15 +89,35 @@ class _Kept:
         self._started_at = 0.0
         self._wait_s = FIRST_WAIT_S
         self._start_at = 0.0
+        self._read: tuple[bytes, ...] = ()
 
     def look(self, now: float) -> bool:
         """Start it if it should run and does not; True when it was started."""
         if self._process is not None and self._process.poll() is not None:
             self._on_death(now, self._process.returncode)
+        elif self._process is not None and self.service.files:
+            self._follow_files(self._process)
         if self._process is None and now >= self._start_at:
             self._start(now)
             return True
         return False
+
+    def _follow_files(self, process: "subprocess.Popen[bytes]") -> None:
+        found = self.service.reading()
+        if found == self._read or b"" in found:
+            return
+        self._read = found
+        log.info("service.certificate-renewed", service=self.service.name)
+        if self.service.reload is not None:
+            process.send_signal(self.service.reload)
+            return
+        process.terminate()
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        self._process, self._start_at = None, 0.0
 
     def _on_death(self, now: float, code: int) -> None:
         self._process = None
@@ -97,6 +129,7 @@ class _Kept:
 
     def _start(self, now: float) -> None:
         command = self.service.command()
+        self._read = self.service.reading()
         self._process = subprocess.Popen(
             command.argv, env=command.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

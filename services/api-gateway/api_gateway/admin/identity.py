@@ -46,6 +46,7 @@ def login(
         coordinator = CoordinatorAnswer.model_validate(client.get(f"{API}/coordinator"))
         credentials = build(Login, username=name, password=password)
         token = TokenAnswer.model_validate(client.post(f"{API}/login", credentials))
+        warnings = ending_certificates(client)
     session = Session(
         address=address,
         ca_pem=ca_pem,
@@ -60,7 +61,19 @@ def login(
     answer = {"name": token.name, "role": token.role, "coordinator": coordinator.name, "address": address}
     who = f"{coordinator.name} as {token.name} ({token.role})"
     text = f"Logged in to {who} until {moment(token.expires_at)}; kept in {path}."
+    for warning in warnings:
+        terminal.note(warning)
     terminal.result({**answer, "expires_at": session.expires_at, "file": str(path)}, lambda: terminal.line(text))
+
+
+def ending_certificates(client: GatewayClient) -> list[str]:
+    """What an admin is told of certificates that end within 30 days and that the gateway cannot renew."""
+    names = {"own": "your own certificate at the proxy (TLS_CERT_FILE)", "ca": "the coordinator's CA"}
+    return [
+        f"WARNING: {names.get(each['certificate'], each['certificate'])} ends at {each['ends_at']}; see "
+        "docs/deployment.md, 'Certificates and keys'."
+        for each in client.get("/ready").get("certificates_ending", ())
+    ]
 
 
 def _trusted_ca(terminal: Terminal, address: str, ca_file: Path | None, expected: str | None) -> str:

@@ -10,6 +10,7 @@ from typing import Final
 import click
 
 from api_gateway.admin import models, runs
+from api_gateway.admin.identity import ending_certificates
 from api_gateway.admin.session import Session, load_session, open_source
 from medhive.client import GatewayClient
 from medhive.errors import InvalidInput
@@ -58,7 +59,8 @@ def _head(session: Session, client: GatewayClient) -> str:
     newest = {item.study: item.version for item in models.fetch_versions(client)}
     versions = ", ".join(f"{study} v{number}" for study, number in newest.items()) or "none yet"
     who = f"{session.name} ({session.role}) at {session.address}"
-    return f"{who}\npending requests: {pending}   active runs: {active}   newest versions: {versions}"
+    warnings = "".join(f"\n{warning}" for warning in ending_certificates(client))
+    return f"{who}{warnings}\npending requests: {pending}   active runs: {active}   newest versions: {versions}"
 
 
 def _items(context: click.Context, terminal: Terminal, client: GatewayClient) -> tuple[Item, ...]:

@@ -12,6 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from api_gateway import events
 from api_gateway.http import came_through_proxy, gateway_of
+from api_gateway.renewal import endings
 from api_gateway.work import Gateway
 from medhive import __version__
 from medhive.errors import MedHiveError, NotFound
@@ -69,13 +70,15 @@ def health() -> dict[str, str]:
 
 @router.get("/ready", responses={503: {"description": "The database does not answer."}})
 def ready(request: Request) -> JSONResponse:
-    """The database answers; a missing tracking server only degrades."""
+    """The database answers; a missing tracking server, or a certificate that ends soon, only degrades."""
     gateway = gateway_of(request)
     database = _database_state(gateway)
     mlflow = request.app.state.mlflow_health.ask()
     good = database == "ok"
-    status = "unavailable" if not good else "degraded" if mlflow == "unreachable" else "ready"
-    return JSONResponse({"status": status, "database": database, "mlflow": mlflow}, status_code=200 if good else 503)
+    ending = [{"certificate": each.certificate, "ends_at": each.ends_at.isoformat()} for each in endings(gateway)]
+    status = "unavailable" if not good else "degraded" if mlflow == "unreachable" or ending else "ready"
+    answer = {"status": status, "database": database, "mlflow": mlflow, "certificates_ending": ending}
+    return JSONResponse(answer, status_code=200 if good else 503)
 
 
 def _database_state(gateway: Gateway) -> str:
