@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 PREFIX = "MEDHIVE_MLFLOW_"
@@ -26,7 +27,7 @@ DEFAULT_PORT = 8080
 WRITER, READER = "writer", "reader"
 LOGIN_FILES = ("WRITER_PASSWORD_FILE", "READER_PASSWORD_FILE", "COOKIE_SECRET_FILE")
 PASSWORD_CHECKED_EVERY_S = 60  # MLflow's slow hash of a password costs more than most of its answers
-METRICS = "metrics"
+METRICS, PREPARE = "metrics", "prepare"
 PARENT_LOOK_S = 1.0
 LOOK_S = 1.0  # how soon the server's own end, or a new certificate, is noticed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -153,6 +154,24 @@ def ensure_logins(environment: Mapping[str, str]) -> None:
     done.write_text(digest, "utf-8")
 
 
+def ensure_schema(environment: Mapping[str, str]) -> None:
+    """Bring the database of an older MLflow to this one's shape; nothing to do, and nothing imported, without a new version.
+
+    The server makes a new database's tables by itself, but refuses an older version's. One server runs at a time.
+    """
+    done, version = _state_folder(environment) / "schema.version", metadata.version("mlflow")
+    if done.exists() and done.read_text("utf-8") == version:
+        return
+    from mlflow.store.db import utils  # noqa: PLC0415 - takes seconds, needed once
+
+    engine = utils.create_sqlalchemy_engine(_database(environment))
+    # What `mlflow db upgrade` calls, which takes the database's address, and so its password, on its command line alone.
+    if not utils._is_empty_database(engine):
+        utils._upgrade_db(engine)
+    engine.dispose()
+    done.write_text(version, "utf-8")
+
+
 def environment_of_server(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment with what keeps the server small and quiet, and the database, whose URL may hold a password."""
     return {
@@ -191,11 +210,23 @@ def show_metrics(parent: int, port: int, folder: str, environment: Mapping[str, 
         time.sleep(PARENT_LOOK_S)
 
 
+def prepare(environment: Mapping[str, str]) -> None:
+    """Bring database and logins up to date, before the server starts."""
+    try:
+        ensure_schema(environment)
+        ensure_logins(environment)
+    except (Misconfigured, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the command line's answer
+        raise SystemExit(1) from None
+
+
 def main() -> None:
     """Become the server, or, where it shows a certificate, the one who starts it anew when that is renewed."""
     try:
         argv, environment = command(os.environ), environment_of_server(os.environ)
-        ensure_logins(os.environ)
+        # In a process of its own: what it may have to import would stay in the memory of this one.
+        if subprocess.call([sys.executable, __file__, PREPARE]):
+            raise SystemExit(1)
         shown = certificate_files(os.environ)
         if os.name == "nt" or shown:
             raise SystemExit(keep_serving(argv, environment, shown))
@@ -261,5 +292,7 @@ def _content(files: list[Path]) -> list[bytes] | None:
 if __name__ == "__main__":
     if sys.argv[1:2] == [METRICS]:
         show_metrics(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], os.environ)
+    elif sys.argv[1:2] == [PREPARE]:
+        prepare(os.environ)
     else:
         main()

@@ -5,6 +5,8 @@ import os
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -190,6 +192,32 @@ def test_migrations_make_what_the_models_say(database: Database) -> None:
         connection.commit()
     with pytest.raises(IncompatibleVersion, match="9999"):
         migrate.upgrade(database)
+    database.close()
+
+
+def test_gateways_that_start_at_the_same_moment_migrate_once(database: Database) -> None:
+    """Each step once: whoever comes second waits, and finds the tables there."""
+    url = database.engine.url.render_as_string(hide_password=False)
+    code = (
+        "import sys; from api_gateway import migrate; from api_gateway.db import Database; "
+        "made = Database(sys.argv[1]); print(flush=True); sys.stdin.read(); migrate.upgrade(made)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = [subprocess.Popen([sys.executable, "-c", code, url], **pipes) for _ in range(2)]
+    for each in started:
+        assert each.stdout is not None
+        each.stdout.readline()
+    for each in started:
+        assert each.stdin is not None
+        each.stdin.close()
+        each.stdin = None
+    ended = [each.communicate(timeout=60) for each in started]
+    assert [each.returncode for each in started] == [0, 0], [stderr.decode() for _, stderr in ended]
+    with database.engine.connect() as connection:
+        assert (
+            compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), Base.metadata) == []
+        )
+        assert connection.execute(text("SELECT id FROM event_head")).scalar_one() == models.HEAD_ROW
     database.close()
 
 

@@ -9,6 +9,9 @@ from types import ModuleType
 
 import pytest
 from flower_stack import until
+from mlflow.exceptions import MlflowException
+from mlflow.store.db import utils
+from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
 
 SCRIPT = Path(__file__).parents[2] / "services" / "mlflow" / "serve.py"
 
@@ -96,3 +99,18 @@ def test_a_renewed_certificate_starts_the_server_anew(tmp_path: Path) -> None:
         assert process.wait(10) == 0
     finally:
         process.kill()
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # of MLflow's own code
+def test_an_older_mlflows_database_is_brought_up_to_date(serve: ModuleType, tmp_path: Path) -> None:
+    environment = {"MEDHIVE_MLFLOW_STATE_DIR": str(tmp_path)}
+    engine = utils.create_sqlalchemy_engine(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    InitialBase.metadata.create_all(engine)
+    with pytest.raises(MlflowException, match="out-of-date"):
+        utils._verify_schema(engine)
+    serve.ensure_schema(environment)
+    utils._verify_schema(engine)
+    before = (tmp_path / "mlflow.db").stat().st_mtime_ns
+    serve.ensure_schema(environment)
+    assert (tmp_path / "mlflow.db").stat().st_mtime_ns == before
+    engine.dispose()
