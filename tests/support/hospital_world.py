@@ -160,7 +160,7 @@ class World:
 
     def begin(self, study: str, base_version: int | None = None, **options: Any) -> str:
         """Ask for a run, approve it, and wait until the hospitals have agreed; returns its id."""
-        chosen = {"local_epochs": 2, "batch_size": 16, "min_sites": 2, "deadline_s": 120, **options}
+        chosen = {"local_epochs": 2, "batch_size": 16, "min_sites": 2, "deadline_s": 600, **options}
         body = {"study": study, "options": chosen, "base_version": base_version}
         request = self.admin.post(f"{API}/requests", body)
         run_id = str(self.admin.post(f"{API}/requests/{request['id']}/approve", {"reason": ""})["run_id"])
