@@ -1,15 +1,15 @@
-"""One coordinator with three hospitals for all fault tests: real processes, started once, ended with the session."""
+"""One coordinator with three hospitals for all fault tests: real processes, started once, ended after the last of them."""
 
-from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from hospital_world import World, running_world
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, shared: dict[str, ExitStack]) -> World:
     """The coordinator, MLflow and three connected hospitals with the study `tumours`."""
-    with running_world(tmp_path_factory.mktemp("faults"), mlflow=True) as world:
-        world.study("tumours")
-        world.warm_up("tumours")
-        yield world
+    world = shared["faults"].enter_context(running_world(tmp_path_factory.mktemp("faults"), mlflow=True))
+    world.study("tumours")
+    world.warm_up("tumours")
+    return world

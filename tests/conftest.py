@@ -1,0 +1,48 @@
+"""How the tests share the workers: who runs with whom, what begins first, and when what a folder shares ends.
+
+A folder in `TOGETHER` has processes of its own for all its tests, so one worker runs all of it; elsewhere one worker runs
+a file. The long ones begin first, so that no worker is left with one of them at the end. A whole coordinator with its
+hospitals costs processor time even when nothing happens; so it ends with the last test that needs it, not with the session.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TOGETHER = ("faults", "integration")
+FIRST = (*TOGETHER, "fl_server", "fl_client")
+SHARED = pytest.StashKey[dict[str, ExitStack]]()
+
+
+def folder_of(item: pytest.Item) -> str:
+    """The folder below this one that a test lies in."""
+    return item.path.relative_to(HERE).parts[0]
+
+
+@pytest.hookimpl(tryfirst=True)  # before the workers read the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = folder_of(item)
+        group = folder if folder in TOGETHER else str(item.path.relative_to(HERE))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (*FIRST, folder_of(item)).index(folder_of(item)))
+
+
+@pytest.fixture(scope="session")
+def shared(request: pytest.FixtureRequest) -> Iterator[dict[str, ExitStack]]:
+    """For each folder a stack: what is entered there ends after the folder's last test, at the latest with the session."""
+    stacks = request.session.stash.setdefault(SHARED, defaultdict(ExitStack))
+    yield stacks
+    for stack in stacks.values():
+        stack.close()
+
+
+@pytest.hookimpl(trylast=True)  # after the tests' own fixtures, which may still use what is shared
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    stacks, folder = item.session.stash.get(SHARED, {}), folder_of(item)
+    if folder in stacks and nextitem is not None and folder_of(nextitem) != folder:
+        stacks.pop(folder).close()
