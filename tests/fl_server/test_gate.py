@@ -5,6 +5,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -54,8 +55,12 @@ def client(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     context.load_cert_chain(certificates / "superlink.crt", certificates / "superlink.key")
     server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    figures = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=figures.serve_forever, daemon=True).start()
     port = free_port()
     gate = gate_before(server.server_address[1], port, certificates, tmp_path_factory.mktemp("gate"))
+    assert "/metrics" not in gate.configuration()
+    gate = replace(gate, metrics_port=figures.server_address[1])
     command = gate.command()
     process = subprocess.Popen(command.argv, env=command.env)
     verify = ssl.create_default_context(cafile=str(certificates / "ca.crt"))
@@ -66,8 +71,9 @@ def client(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     finally:
         process.terminate()
         process.wait(10)
-        server.shutdown()
-        server.server_close()
+        for each in (server, figures):
+            each.shutdown()
+            each.server_close()
 
 
 def gate_before(superlink_port: int, port: int, certificates: Path, folder: Path) -> Gate:
@@ -114,6 +120,12 @@ def test_the_paths_of_nodes_go_through(client: httpx.Client) -> None:
 )
 def test_every_other_path_ends_at_the_gate(client: httpx.Client, path: str) -> None:
     assert client.post(path, content=b"x").status_code in {400, 404}
+
+
+def test_the_page_of_figures_can_be_read_and_nothing_beside_it(client: httpx.Client) -> None:
+    assert client.get("/metrics").text == "/metrics 0"
+    assert client.post("/metrics", content=b"x").status_code == 403
+    assert client.get("/metrics/").status_code == 404
 
 
 def test_a_message_above_a_mebibyte_is_refused(client: httpx.Client) -> None:
