@@ -182,6 +182,9 @@ def test_prometheus_reads_every_service_at_the_proxy(compose: Compose) -> None:
         "    page = urllib.request.urlopen('https://proxy:9464/' + name, context=context, timeout=20)\n"
         "    print(page.read().decode())\n"
     )
+    search = f"http://127.0.0.1:{compose.mlflow_port}/ajax-api/2.0/mlflow/experiments/search"
+    asked = httpx.post(search, json={"max_results": 5}, auth=("admin", compose.password()), timeout=60)
+    assert asked.is_success, "so that MLflow has something to count"
     network = f"{compose.name}_metrics"
     done = subprocess.run(
         ["docker", "run", "--rm", "-i", "--network", network, "medhive/mlflow:0.1.0", "python", "-c", script, *SERVICES],

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from medhive.errors import MedHiveError
+from medhive.version import PROBLEM_HEADER
 from medhive.wire import Problem
 
 TYPE_PREFIX = "urn:medhive:error:"
@@ -41,6 +42,8 @@ STATUS: Mapping[str, HTTPStatus] = MappingProxyType(
         "incompatible-version": HTTPStatus.UPGRADE_REQUIRED,
         "too-large": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         "digest-mismatch": HTTPStatus.UNPROCESSABLE_ENTITY,
+        "sealed-only": HTTPStatus.FORBIDDEN,
+        "seal-broken": HTTPStatus.BAD_REQUEST,
         "unreachable": HTTPStatus.BAD_GATEWAY,
         "no-space": HTTPStatus.INSUFFICIENT_STORAGE,
         "too-slow": HTTPStatus.REQUEST_TIMEOUT,
@@ -88,7 +91,9 @@ def problem_of(error: MedHiveError) -> JSONResponse:
     """The problem document of a refusal."""
     code = known_code(type(error))
     data = error.data if code == error.code else {"cause": error.code, **error.data}
-    return problem(code, STATUS[code], str(error), data)
+    answer = problem(code, STATUS[code], str(error), data)
+    answer.headers[PROBLEM_HEADER] = code
+    return answer
 
 
 def install(app: FastAPI) -> None:

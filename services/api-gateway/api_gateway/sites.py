@@ -6,7 +6,7 @@ the invite and this coordinator, so that nothing of it can be used elsewhere or 
 
 import base64
 import secrets
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
@@ -20,6 +20,7 @@ from api_gateway.state import TOKEN_BYTES
 from api_gateway.work import Call, Gateway, Work, token_hash
 from medhive import __version__
 from medhive.errors import BadSignature, ClockSkew, Conflict, Expired, InvalidInput, MedHiveError, NotAllowed, NotFound
+from medhive.sealing import SealingKeyBody
 from medhive.signing import Signed, SignedBody, SigningKey, VerifyKey, canonical_json, sign
 from medhive.states import SITE_TRANSITIONS, Role, SiteState, require_transition
 from medhive.version import OLDEST_PROTOCOL, PROTOCOL, require_compatible
@@ -64,6 +65,7 @@ def coordinator(gateway: Gateway, nonce: str = "") -> CoordinatorAnswer:
         time=body.issued_at,
         introduction=sign(body, gateway.key),
         successions=gateway.state.successions,
+        sealing_key=sign(SealingKeyBody(public_key=gateway.state.sealing_key.public), gateway.key),
     )
 
 
@@ -219,7 +221,16 @@ def _check_statement(
     body: SignedBody = statement.verify(key)
     if to != work.gateway.key.public.key_id:
         raise BadSignature(f"This {body.DOMAIN} was made for another coordinator.", key_id=to)
-    age = work.now - statement.body.issued_at
+    require_fresh(work, statement.body.issued_at)
+
+
+def require_fresh(work: Work, issued_at: datetime) -> None:
+    """Refuse a signed statement that is not of now.
+
+    Raises:
+        ClockSkew: it is too old, or from the future; `data.server_time` is the coordinator's clock.
+    """
+    age = work.now - issued_at
     if abs(age) > CLOCK_TOLERANCE:
         raise ClockSkew(
             f"The hospital's clock differs from the coordinator's by {age.total_seconds():+.0f} s; set it right.",

@@ -19,6 +19,7 @@ from cryptography import x509
 from api_gateway.settings import PREFIX, Settings
 from api_gateway.tls import Authority, load_certificate
 from medhive.errors import InvalidInput
+from medhive.sealing import SealingKey
 from medhive.signing import SigningKey, write_secret
 from medhive.wire import AddressTrust, Succession
 
@@ -37,6 +38,7 @@ class State:
     authority: Authority
     coordinator_key: SigningKey
     server_token_sha256: str
+    sealing_key: SealingKey
     successions: tuple[Succession, ...] = ()
     address_trust: AddressTrust = AddressTrust.PINNED
     # The certificates that were made just now.
@@ -105,6 +107,7 @@ def open_state(settings: Settings, folder: Path) -> State:
         authority,
         _coordinator_key(folder),
         hashlib.sha256(token.encode()).hexdigest(),
+        SealingKey.load_or_make(folder / "secrets" / "sealing.key"),
         address_trust=_address_trust(settings, authority),
         made=tuple(made),
     )

@@ -10,7 +10,7 @@ import json
 import os
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ import httpx
 from pydantic import ValidationError
 
 from medhive import __version__, errors
-from medhive.errors import DigestMismatch, InvalidInput, MedHiveError, TooLarge, Unavailable, Unreachable
-from medhive.version import PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER
+from medhive.errors import Conflict, DigestMismatch, InvalidInput, MedHiveError, TooLarge, Unavailable, Unreachable
+from medhive.sealing import SEAL_HEADER, WANTED, SiteSealing, plain_length
+from medhive.version import PROBLEM_HEADER, PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER
 from medhive.wire import API, CoordinatorAnswer
 
 CHUNK_BYTES: Final = 4 * 1024 * 1024  # one PUT's part: small enough to resume, large enough to run at line speed
@@ -185,15 +186,24 @@ class GatewayClient:
             raise _unreachable(self.address, error) from error
 
     def download(
-        self, path: str, destination: Path, digest: str, *, max_bytes: int, on_progress: Progress | None = None
+        self,
+        path: str,
+        destination: Path,
+        digest: str,
+        *,
+        max_bytes: int,
+        on_progress: Progress | None = None,
+        sealing: SiteSealing | None = None,
     ) -> int:
         """Fetch bytes into a file, resuming where an earlier try stopped; returns the bytes that travelled.
 
-        The file appears under its name only when its SHA-256 is `digest`.
+        The file appears under its name only when its SHA-256 is `digest`. With `sealing` the bytes come sealed for this
+        call alone.
 
         Raises:
             DigestMismatch: the bytes are not what was announced; the partial file is deleted.
             TooLarge: more than `max_bytes`.
+            SealBroken, BadSignature: somebody on the way has changed what was sealed; what came before it is kept.
         """
         if destination.exists() and _sha256(destination) == digest:
             return 0
@@ -202,7 +212,7 @@ class GatewayClient:
         travelled = 0
         for attempt in range(TRIES):
             try:
-                travelled += self._download_rest(path, part, max_bytes, on_progress)
+                travelled += self._download_rest(path, part, max_bytes, on_progress, sealing)
                 break
             except Unreachable:
                 if attempt == TRIES - 1:
@@ -213,8 +223,12 @@ class GatewayClient:
         _durable_rename(part, destination)
         return travelled
 
-    def _download_rest(self, path: str, part: Path, max_bytes: int, on_progress: Progress | None) -> int:
+    def _download_rest(
+        self, path: str, part: Path, max_bytes: int, on_progress: Progress | None, sealing: SiteSealing | None
+    ) -> int:
         have = part.stat().st_size if part.exists() else 0
+        if sealing is not None:
+            return self._download_sealed(path, part, have, max_bytes, on_progress, sealing)
         headers = {"Range": f"bytes={have}-"} if have else {}
         with self._translated(), self._http.stream("GET", path, headers=headers) as answer:
             if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -226,48 +240,73 @@ class GatewayClient:
             start = have if resumed else 0
             total = start + int(answer.headers.get("Content-Length", 0))
             with part.open("ab" if resumed else "wb") as file:
-                return _copy_stream(answer, file, start, total, max_bytes, on_progress)
+                return _copy(answer.iter_bytes(READ_BYTES), file, start, total, max_bytes, on_progress)
 
-    def upload(self, path: str, source: Path, on_progress: Progress | None = None) -> int:
+    def _download_sealed(  # noqa: PLR0917
+        self, path: str, part: Path, have: int, max_bytes: int, on_progress: Progress | None, sealing: SiteSealing
+    ) -> int:
+        """The rest from `have` on; what is written is authentic, so that a later try may continue it."""
+        headers, opener_of = sealing.ask(path, have)
+        with self._translated(), self._http.stream("GET", path, headers=headers) as answer:
+            if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return 0
+            if answer.is_error:
+                answer.read()
+                _raise_problem(answer)
+            pieces = opener_of(answer.headers.get(SEAL_HEADER)).opened(answer.iter_raw(READ_BYTES))
+            total = have + plain_length(int(answer.headers.get("Content-Length", 0)))
+            with part.open("ab") as file:
+                return _copy(pieces, file, have, total, max_bytes, on_progress)
+
+    def upload(
+        self, path: str, source: Path, on_progress: Progress | None = None, sealing: SiteSealing | None = None
+    ) -> int:
         """Send a file to its content-addressed place, resuming where the store stopped; returns the bytes sent.
 
         The store is asked first (HEAD: `Upload-Offset`, or 200 when it has the whole), then gets parts by PUT with
-        `Content-Range`.
+        `Content-Range`; with `sealing` each part is sealed for the coordinator by itself.
         """
         size = source.stat().st_size
         sent = 0
         failures = 0
-        offset = self._upload_offset(path, size)
+        asking = {SEAL_HEADER: WANTED} if sealing else {}
+        offset = self._upload_offset(path, size, asking)
         with source.open("rb") as file:
             while offset < size:
                 file.seek(offset)
-                chunk = file.read(CHUNK_BYTES)
+                stop = min(size, offset + CHUNK_BYTES)
                 try:
-                    self._put_part(path, chunk, offset, size)
-                except Unreachable:
+                    self._put_part(path, file, offset, stop, size, sealing)
+                except (Unreachable, Conflict) as error:
                     failures += 1
-                    if failures >= TRIES:
+                    if failures >= TRIES or not _may_go_on(error):
                         raise
-                    offset = self._upload_offset(path, size)
+                    offset = self._upload_offset(path, size, asking)
                     continue
-                offset += len(chunk)
-                sent += len(chunk)
+                sent += stop - offset
+                offset = stop
                 if on_progress:
                     on_progress(offset, size)
         return sent
 
-    def _upload_offset(self, path: str, size: int) -> int:
+    def _upload_offset(self, path: str, size: int, headers: dict[str, str]) -> int:
         with self._translated():
-            answer = self._http.head(path)
+            answer = self._http.head(path, headers=headers)
         if answer.status_code == httpx.codes.NOT_FOUND:
             return int(answer.headers.get("Upload-Offset", 0))
         if answer.is_error:
             _raise_problem(answer)
         return size
 
-    def _put_part(self, path: str, chunk: bytes, offset: int, size: int) -> None:
-        content_range = f"bytes {offset}-{offset + len(chunk) - 1}/{size}"
-        headers = {"Content-Range": content_range, "Content-Type": "application/octet-stream"}
+    def _put_part(  # noqa: PLR0917
+        self, path: str, file: BinaryIO, start: int, stop: int, size: int, sealing: SiteSealing | None
+    ) -> None:
+        headers = {"Content-Range": f"bytes {start}-{stop - 1}/{size}", "Content-Type": "application/octet-stream"}
+        if sealing is None:
+            chunk = file.read(stop - start)
+        else:
+            seal, chunk = sealing.part(path, file, start, stop)
+            headers |= seal
         with self._translated():
             answer = self._http.put(path, content=chunk, headers=headers)
         if answer.is_error:
@@ -309,7 +348,8 @@ def _raise_problem(answer: httpx.Response) -> None:
         detail = str(problem.get("detail") or problem.get("title"))
         data = problem.get("data") or {}
     except (ValueError, KeyError, TypeError):
-        code, data = Unavailable.code if answer.status_code in PROXYS_OWN else RemoteError.code, {}
+        unnamed = Unavailable.code if answer.status_code in PROXYS_OWN else RemoteError.code
+        code, data = answer.headers.get(PROBLEM_HEADER, unnamed), {}  # the answer to a HEAD has no body
         detail = f"The server answered {answer.status_code} to {answer.request.method} {answer.request.url.path}."
     kind = KNOWN_ERRORS.get(code, RemoteError)
     error = kind(detail)
@@ -317,11 +357,16 @@ def _raise_problem(answer: httpx.Response) -> None:
     raise error
 
 
-def _copy_stream(  # noqa: PLR0917
-    answer: httpx.Response, file: BinaryIO, start: int, total: int, max_bytes: int, on_progress: Progress | None
+def _may_go_on(error: MedHiveError) -> bool:
+    """Whether an upload may ask anew where to go on: the line was cut, or the store had more by then than it had said."""
+    return isinstance(error, Unreachable) or "offset" in error.data
+
+
+def _copy(  # noqa: PLR0917
+    pieces: Iterable[bytes], file: BinaryIO, start: int, total: int, max_bytes: int, on_progress: Progress | None
 ) -> int:
     done = start
-    for chunk in answer.iter_bytes(READ_BYTES):
+    for chunk in pieces:
         done += len(chunk)
         if done > max_bytes:
             raise TooLarge(f"The server sends more than the announced {max_bytes} bytes.", limit=max_bytes)

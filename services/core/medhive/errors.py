@@ -121,3 +121,15 @@ class NoSpace(MedHiveError):
     """The disk is full."""
 
     code = "no-space"
+
+
+class SealedOnly(NotAllowed):
+    """Weights pass here only sealed for their reader: somebody else ends TLS on the way."""
+
+    code = "sealed-only"
+
+
+class SealBroken(MedHiveError):
+    """A sealed transfer was changed, cut, mixed up or made for another; nothing of the part that is wrong was used."""
+
+    code = "seal-broken"

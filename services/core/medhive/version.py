@@ -11,6 +11,7 @@ PROTOCOL = 1  # the number this side speaks
 OLDEST_PROTOCOL = 1  # the oldest that this side still understands
 PROTOCOL_HEADER = "MedHive-Protocol"
 SOFTWARE_HEADER = "MedHive-Version"
+PROBLEM_HEADER = "MedHive-Problem"  # a refusal's code, also where there is no body to say it in
 
 
 def require_compatible(theirs: int, us: str, them: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from medhive.consent import Consent
+from medhive.sealing import SealingKeyBody
 from medhive.signing import Signed, SignedBody
 from medhive.spec import Digest, Frozen, Name, RunSpec, StudyData
 from medhive.states import (
@@ -129,6 +130,7 @@ class CoordinatorAnswer(Answer):
     time: AwareDatetime
     introduction: Introduction
     successions: tuple[Succession, ...] = Field((), max_length=100)
+    sealing_key: Signed[SealingKeyBody] | None = None
 
 
 # ---- sites ---------------------------------------------------------------------------------------------------------

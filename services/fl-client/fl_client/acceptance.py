@@ -49,6 +49,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "wrong-layout": "The weights are of another architecture than the study's.",
         "corrupt-weights": "The weights cannot be read.",
         "digest-mismatch": "The weights are not the announced ones.",
+        "seal-broken": "Sealed weights were changed on their way between the coordinator and the site.",
         "training-diverged": "The training's loss was no longer a finite number.",
         "deadline-passed": "The deadline passed during training.",
         "out-of-memory": "The site's trainer ran out of memory.",

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from medhive.client import GatewayClient, Progress, RemoteError, Trust
-from medhive.errors import ClockSkew, NotAllowed, NotAuthenticated, Unreachable
+from medhive.errors import ClockSkew, NotAllowed, NotAuthenticated, SealBroken, SealedOnly, Unreachable
+from medhive.sealing import SiteSealing
 from medhive.signing import Signed
 from medhive.version import require_compatible
 from medhive.wire import (
@@ -41,6 +42,7 @@ SMALLEST_OFFSET_S = 2.0
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
+MakeSealing = Callable[[CoordinatorAnswer, Callable[[], datetime]], SiteSealing]
 TokenProof = Callable[[datetime], Signed[SiteTokenProof]]
 
 
@@ -67,6 +69,8 @@ class Gateway:
         clock_offset_s: float = 0.0,
         on_token: Callable[[TokenAnswer], None] = lambda _token: None,
         on_clock: Callable[[float], None] = lambda _offset: None,
+        sealing: MakeSealing | None = None,
+        sealed: bool = False,
     ) -> None:
         """Connect lazily.
 
@@ -75,6 +79,8 @@ class Gateway:
             prove: makes a fresh signed proof, dated as told, against which the gateway gives a token.
             clock_offset_s: seconds to add to this machine's clock, as learnt earlier.
             on_token, on_clock: told what should survive this process.
+            sealing: makes what seals weights, of the coordinator's answer and the clock.
+            sealed: weights pass sealed; without it only once the gateway asks for it.
         """
         self._clients = [GatewayClient(address, trust, token) for address in addresses]
         self._prove = prove
@@ -82,6 +88,9 @@ class Gateway:
         self._offset_s = clock_offset_s
         self._on_token = on_token
         self._on_clock = on_clock
+        self._make_sealing = sealing
+        self._sealed = sealed
+        self._sealing: SiteSealing | None = None
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -257,6 +266,25 @@ class Gateway:
 
     # ---- bytes ---------------------------------------------------------------------------------------------------
 
+    def _move(self, move: Callable[[GatewayClient, SiteSealing | None], int]) -> int:
+        """Move bytes, sealed where somebody else ends TLS; never unsealed again once it is known that somebody does."""
+        try:
+            sealing = self._ensure_sealing() if self._sealed else None
+            return self._call(lambda client: move(client, sealing))
+        except SealedOnly:
+            if self._sealed or self._make_sealing is None:
+                raise
+            self._sealed = True
+            return self._move(move)
+        except SealBroken:
+            self._sealing = None  # the coordinator may have another key by now
+            raise
+
+    def _ensure_sealing(self) -> SiteSealing | None:
+        if self._sealing is None and self._make_sealing is not None:
+            self._sealing = self._make_sealing(self.coordinator(), self.now)
+        return self._sealing
+
     def fetch_blob(
         self, run_id: str, digest: str, destination: Path, size_bytes: int, on_progress: Progress | None = None
     ) -> int:
@@ -266,14 +294,12 @@ class Gateway:
             DigestMismatch: the bytes are not what was announced.
         """
         path = f"{API}/runs/{run_id}/blobs/{digest}"
-        return self._call(
-            lambda client: client.download(path, destination, digest, max_bytes=size_bytes, on_progress=on_progress)
-        )
+        return self._download(path, destination, digest, size_bytes, on_progress)
 
     def send_blob(self, run_id: str, source: Path, digest: str, on_progress: Progress | None = None) -> int:
         """Send an update, resuming; returns the bytes that travelled."""
         path = f"{API}/runs/{run_id}/blobs/{digest}"
-        return self._call(lambda client: client.upload(path, source, on_progress))
+        return self._move(lambda client, sealing: client.upload(path, source, on_progress, sealing))
 
     def fetch_version(
         self,
@@ -291,8 +317,15 @@ class Gateway:
             DigestMismatch: the bytes are not what was announced.
         """
         path = f"{API}/studies/{study}/versions/{version}/file"
-        return self._call(
-            lambda client: client.download(path, destination, digest, max_bytes=size_bytes, on_progress=on_progress)
+        return self._download(path, destination, digest, size_bytes, on_progress)
+
+    def _download(
+        self, path: str, destination: Path, digest: str, size_bytes: int, on_progress: Progress | None
+    ) -> int:
+        return self._move(
+            lambda client, sealing: client.download(
+                path, destination, digest, max_bytes=size_bytes, on_progress=on_progress, sealing=sealing
+            )
         )
 
     def _get(self, model: type[Model], path: str, **params: Any) -> Model:

@@ -35,6 +35,7 @@ from medhive.errors import (
     Unreachable,
 )
 from medhive.introduction import Introduced, introduced, new_nonce
+from medhive.sealing import SiteSealing, checked_sealing_key
 from medhive.signing import Signed, SigningKey, VerifyKey, canonical_json, sign, write_secret
 from medhive.spec import explain
 from medhive.version import PROTOCOL, require_compatible
@@ -231,7 +232,19 @@ def connect(identity: Identity, keys: Keys, store: Store, extra_ca_file: Path | 
         clock_offset_s=store.fact(CLOCK) or 0.0,
         on_token=lambda fresh: store.set_fact(TOKEN, fresh.model_dump(mode="json")),
         on_clock=lambda offset: _keep_clock(store, offset),
+        sealing=sealing_maker(identity, keys),
+        sealed=identity.address_trust == AddressTrust.TUNNEL,
     )
+
+
+def sealing_maker(identity: Identity, keys: Keys) -> Callable[[CoordinatorAnswer, Callable[[], datetime]], SiteSealing]:
+    """Return the function that makes what seals weights for this coordinator, and opens what it has sealed."""
+
+    def make(answer: CoordinatorAnswer, now: Callable[[], datetime]) -> SiteSealing:
+        key = checked_sealing_key(answer.sealing_key, identity.verify_key)
+        return SiteSealing(identity.site, keys.consent_key(), identity.verify_key, key, now)
+
+    return make
 
 
 def _keep_clock(store: Store, offset_s: float) -> None:

@@ -1,5 +1,6 @@
 """The bytes of weights: asked for, sent in parts, fetched from anywhere in the middle."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
@@ -10,22 +11,26 @@ from api_gateway import blobs
 from api_gateway.blobstore import Part
 from api_gateway.files import file_answer
 from api_gateway.http import BlobDigest, CallDep, RunId, StrictRoute, number_of
+from api_gateway.sealed import opener_of, require_sealed, sealed_answer
 from api_gateway.work import Call
 from medhive.errors import InvalidInput, TooSlow
+from medhive.sealing import REQUEST_HEADER, SEAL_HEADER, Opener, plain_length
 from medhive.states import Role
 
 router = APIRouter(tags=["blobs"], route_class=StrictRoute)
 PATH = "/runs/{run_id}/blobs/{digest}"
 MAY = (Role.SERVER, Role.SITE)
 BUFFER_BYTES = 1024**2  # what is written at a time
+Write = Callable[[bytes], object]
 BINARY = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
 
 @router.head(PATH, responses={404: {"description": "Not here; Upload-Offset says how much of it is."}})
-def ask(run_id: RunId, digest: BlobDigest, call: CallDep) -> Response:
-    """Whether the blob is there, or how much of it."""
+def ask(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep) -> Response:
+    """Whether the blob is there, or how much of it; who would send it as it is hears here already that it must be sealed."""
     number = number_of(run_id)
     with call.read(*MAY) as work:
+        require_sealed(work, request, SEAL_HEADER)
         run = blobs.open_run(work, number)
         store = work.gateway.blobs
         if blobs.readable(work, run, digest):
@@ -40,6 +45,8 @@ def fetch(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep) ->
     """The bytes; Range is honoured."""
     with call.read(*MAY) as work:
         path = blobs.require_readable(work, number_of(run_id), digest)
+        if require_sealed(work, request, REQUEST_HEADER):
+            return sealed_answer(work, request, path)
     return file_answer(call.gateway, request, path, digest)
 
 
@@ -52,12 +59,12 @@ def fetch(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep) ->
 async def send(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep) -> Response:
     """One part of at most 8 MiB; Content-Range says which. The last one completes the blob."""
     part = Part.parse(request.headers.get("Content-Range"), _length(request))
-    upload, owner = await run_in_threadpool(_begin, call, number_of(run_id), digest, part)
+    upload, owner, opener = await run_in_threadpool(_begin, call, request, number_of(run_id), digest, part)
     store = call.gateway.blobs
     lock = store.upload_lock(upload)
     await run_in_threadpool(lock.__enter__)
     try:
-        await _append(call, request, upload, part)
+        await _append(call, request, upload, part, opener)
         if part.stop < part.total:
             return Response(status_code=200, headers={"Upload-Offset": str(part.stop)})
         await run_in_threadpool(blobs.keep, call.gateway, upload, number_of(run_id), digest, owner)
@@ -67,30 +74,49 @@ async def send(run_id: RunId, digest: BlobDigest, request: Request, call: CallDe
 
 
 def _length(request: Request) -> int | None:
+    """Of the content itself, which a sealed body is a little longer than."""
     text = request.headers.get("Content-Length", "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
+    length = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
+    return plain_length(length) if length is not None and SEAL_HEADER in request.headers else length
 
 
-def _begin(call: Call, number: int, digest: str, part: Part) -> tuple[Path, str]:
+def _begin(call: Call, request: Request, number: int, digest: str, part: Part) -> tuple[Path, str, Opener | None]:
     with call.read(*MAY) as work:
-        return blobs.begin_part(work, number, digest, part)
+        upload, owner = blobs.begin_part(work, number, digest, part)
+        sealed = require_sealed(work, request, SEAL_HEADER)
+        return upload, owner, opener_of(work, request, part) if sealed else None
 
 
-async def _append(call: Call, request: Request, upload: Path, part: Part) -> None:
+async def _append(call: Call, request: Request, upload: Path, part: Part, opener: Opener | None) -> None:
+    with call.gateway.blobs.appending(upload, part) as write:
+        if opener is None:
+            await _append_plain(request, write, part)
+        else:
+            await _append_sealed(request, write, opener)
+
+
+async def _append_plain(request: Request, write: Write, part: Part) -> None:
     received = 0
     buffer = bytearray()
-    with call.gateway.blobs.appending(upload, part) as write:
-        try:
-            async for chunk in request.stream():
-                received += len(chunk)
-                buffer += chunk
-                if len(buffer) >= BUFFER_BYTES:
-                    await run_in_threadpool(write, bytes(buffer))
-                    buffer.clear()
-        except (ClientDisconnect, TooSlow):
-            # What has arrived is a valid prefix; the sender asks where to go on.
-            await run_in_threadpool(write, bytes(buffer))
-            raise
+    try:
+        async for chunk in request.stream():
+            received += len(chunk)
+            buffer += chunk
+            if len(buffer) >= BUFFER_BYTES:
+                await run_in_threadpool(write, bytes(buffer))
+                buffer.clear()
+    except (ClientDisconnect, TooSlow):
+        # What has arrived is a valid prefix; the sender asks where to go on.
         await run_in_threadpool(write, bytes(buffer))
+        raise
+    await run_in_threadpool(write, bytes(buffer))
     if received != part.stop - part.start:
         raise InvalidInput("The body ended before what its Content-Length said.", received=received)
+
+
+async def _append_sealed(request: Request, write: Write, opener: Opener) -> None:
+    """Only what is authentic is written, so that a broken transfer leaves a valid prefix too."""
+    async for piece in request.stream():
+        for chunk in await run_in_threadpool(list, opener.feed(piece)):
+            await run_in_threadpool(write, chunk)
+    await run_in_threadpool(write, await run_in_threadpool(opener.finish))

@@ -8,7 +8,9 @@ from api_gateway import blobs, statistics, versions
 from api_gateway.files import file_answer
 from api_gateway.http import CallDep, StrictRoute, VersionNumber
 from api_gateway.runs import MAX_NUMBER
+from api_gateway.sealed import require_sealed, sealed_answer
 from api_gateway.work import ANYBODY, READERS
+from medhive.sealing import REQUEST_HEADER
 from medhive.spec import Name
 from medhive.states import Role
 from medhive.wire import (
@@ -56,6 +58,8 @@ def download(study: StudyName, version: VersionNumber, request: Request, call: C
     with call.read(*ANYBODY) as work:
         row = versions.get(work, study, version)
         path, digest = blobs.version_blob(work, row), row.digest
+        if require_sealed(work, request, REQUEST_HEADER) and request.method == "GET":
+            return sealed_answer(work, request, path)
     return file_answer(call.gateway, request, path, digest, f"{study}_v{version}.safetensors")
 
 
