@@ -82,6 +82,7 @@ def test_settings_are_changed_and_kept(world: CommandWorld, tmp_path: Path) -> N
             "class_map": {"a": "glioma"},
             "groups_csv": None,
             "weights_file": None,
+            "labels_csv": None,
         }
     ]
     assert fails(world, "settings", "--hours", "late").returncode == 1

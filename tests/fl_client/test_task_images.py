@@ -41,9 +41,10 @@ from fl_client.tasks.errors import (
     WrongArchitecture,
     WrongOptimiserState,
 )
-from fl_client.tasks.image_training import Resizer, augment, class_weights, learning_rate_factor, log_prior
+from fl_client.tasks.image_training import Resizer, augment
 from fl_client.tasks.models import MODELS, build_model, export_weights, load_weights
 from fl_client.tasks.phantoms import CLASSES, make_phantoms
+from fl_client.tasks.training import class_weights, learning_rate_factor, log_prior
 from medhive.spec import StudyData
 
 SECRET = b"a site's secret"

@@ -360,7 +360,14 @@ class Trainer:
 
 def local_options(source: Source) -> LocalOptions:
     """A source's local settings as the tasks take them."""
-    return LocalOptions(class_map=source.class_map, groups_csv=source.groups_csv, weights_file=source.weights_file)
+    return LocalOptions(
+        class_map=source.class_map,
+        groups_csv=source.groups_csv,
+        weights_file=source.weights_file,
+        labels_csv=source.labels_csv,
+        cache_dir=source.cache_dir,
+        cache_bytes=source.cache_bytes,
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

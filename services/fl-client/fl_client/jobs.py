@@ -44,6 +44,9 @@ class Source(Frozen):
     class_map: dict[str, str] = Field(default_factory=dict)
     groups_csv: Path | None = None
     weights_file: Path | None = None
+    labels_csv: Path | None = None
+    cache_dir: Path | None = None
+    cache_bytes: int | None = None
     # Sums of all sites' training parts, where the task needs them.
     statistics: dict[str, list[float]] = Field(default_factory=dict)
 

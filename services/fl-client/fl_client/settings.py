@@ -19,6 +19,8 @@ FAST_POLL_S = 0.15
 SLOW_POLL_S = 2.0
 # The gateway is asked for the state of things at least so often, should its event stream be cut by a proxy in silence.
 SYNC_S = 10.0
+# Preprocessed scans: ten thousand boxes of 128 × 128 × 128 voxels.
+CACHE_BYTES = 20 * 2**30
 
 
 def _named(name: str, default: Any) -> Any:
@@ -42,6 +44,7 @@ class Settings(BaseSettings):
     # Where this hospital's own Prometheus may read the node's figures; off without it.
     metrics_port: int | None = Field(None, ge=1, le=65535, validation_alias=PREFIX + "METRICS_PORT")
     sync_s: float = Field(SYNC_S, gt=0, validation_alias=PREFIX + "SYNC_S")
+    cache_bytes: int = Field(CACHE_BYTES, gt=0, validation_alias=PREFIX + "CACHE_BYTES")
 
     @field_validator("server_address")
     @classmethod

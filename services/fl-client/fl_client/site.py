@@ -109,6 +109,9 @@ class Site:
             class_map=dict(local.class_map),
             groups_csv=local.groups_csv,
             weights_file=local.weights_file,
+            labels_csv=local.labels_csv,
+            cache_dir=self.folder("cache"),
+            cache_bytes=self.settings.cache_bytes,
             statistics=statistics or {},
         )
 

@@ -72,6 +72,7 @@ MIGRATIONS: tuple[str, ...] = (
     );
     """,
     "ALTER TABLE versions ADD COLUMN asked INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE studies ADD COLUMN labels_csv TEXT",
 )
 
 ConsentRecord = Literal["sending", "granted", "declined", "withdrawn"]
@@ -86,6 +87,7 @@ class StudySettings:
     class_map: Mapping[str, str] = field(default_factory=dict)
     groups_csv: Path | None = None
     weights_file: Path | None = None
+    labels_csv: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -288,9 +290,10 @@ class Store:
             json.dumps(dict(settings.class_map)),
             _text(settings.groups_csv),
             _text(settings.weights_file),
+            _text(settings.labels_csv),
         )
         with self._transaction() as db:
-            db.execute("REPLACE INTO studies VALUES (?, ?, ?, ?, ?)", values)
+            db.execute("REPLACE INTO studies VALUES (?, ?, ?, ?, ?, ?)", values)
 
     # ---- consents ------------------------------------------------------------------------------------------------
 
@@ -587,6 +590,7 @@ def _study_of(row: sqlite3.Row) -> StudySettings:
         json.loads(row["class_map"]),
         _path(row["groups_csv"]),
         _path(row["weights_file"]),
+        _path(row["labels_csv"]),
     )
 
 

@@ -71,7 +71,7 @@ def _show(terminal: Terminal, study: StudyAnswer) -> None:
 @click.argument("name", required=False)
 @click.option("--file", "study_file", type=click.Path(path_type=Path), help="A JSON file with the fields of a study.")
 @click.option("--title", help="One line for people.")
-@click.option("--task", help="image-folder or tabular.")
+@click.option("--task", help="image-folder, ct-volume or tabular; or one of your own.")
 @click.option("--classes", help="The classes, separated by commas, in the order of the model's outputs.")
 @click.option("--member", "members", multiple=True, help="A hospital that takes part; may be repeated.")
 @click.option(

@@ -20,6 +20,7 @@ from medhive.errors import InvalidInput
 from medhive.spec import StudyData
 from medhive.terminal import Command, Terminal, build, pairs, pass_terminal
 
+FOLDER_TASKS: Final = frozenset({"image-folder", "ct-volume"})  # whose classes are told by folders alone
 SHOWN: Final = 20  # skipped files named on a screen; --all names every one
 MAX_STUDY_BYTES: Final = 8 * 1024 * 1024
 
@@ -39,7 +40,7 @@ class _Subject:
 @click.command("check-data", cls=Command)
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option("--study", help="The study that the data are for; known once this hospital has joined.")
-@click.option("--task", help="Before joining: image-folder or tabular.")
+@click.option("--task", help="Before joining: image-folder, ct-volume or tabular.")
 @click.option(
     "--study-file", type=click.Path(path_type=Path), help="Before joining: JSON with the study's task and data."
 )
@@ -81,7 +82,14 @@ def _subject(terminal: Terminal, path: Path | None, given: dict[str, Any]) -> _S
 def _joined(terminal: Terminal, site: Site, path: Path | None, name: str | None, class_map: dict[str, str]) -> _Subject:
     study = ask_study(terminal, site, name)
     own = site.store.study(study.name)
-    local = LocalOptions({**own.class_map, **class_map}, own.groups_csv, own.weights_file)
+    local = LocalOptions(
+        {**own.class_map, **class_map},
+        own.groups_csv,
+        own.weights_file,
+        own.labels_csv,
+        site.folder("cache"),
+        site.settings.cache_bytes,
+    )
     secret = site.keys.secret_file.read_bytes()
     return _Subject(study.task, path or site.data_dir(study.name), study.data, secret, local, study.name)
 
@@ -98,11 +106,12 @@ def _unjoined(path: Path | None, given: dict[str, Any], class_map: dict[str, str
     if given["study_file"]:
         task, data = _read_study(given["study_file"])
         return _Subject(given["task"] or task, path, data, secret, local, None)
-    if given["task"] not in (None, "image-folder"):
-        raise click.UsageError(f"Give --study-file: {given['task']} needs the study's columns.")
+    task = given["task"] or "image-folder"
+    if task not in FOLDER_TASKS:
+        raise click.UsageError(f"Give --study-file: {task} needs the study's description.")
     if not path.exists():
         raise InvalidInput(f"There is nothing at {path}; give the data folder.")
-    return _Subject("image-folder", path, study_of_folder(path), secret, local, None)
+    return _Subject(task, path, study_of_folder(path), secret, local, None)
 
 
 def _read_study(path: Path) -> tuple[str, StudyData]:
@@ -133,6 +142,8 @@ def _show_report(terminal: Terminal, subject: _Subject, report: DataReport, show
         terminal.line(f"  {name}: the same as {kept}")
     if report.groups is not None:
         terminal.line(f"patient groups: {report.groups}")
+    for remark, count in report.remarks.items():
+        terminal.line(f"to know, {remark}: {count}")
 
 
 @click.command(cls=Command)

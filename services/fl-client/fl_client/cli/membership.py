@@ -160,13 +160,14 @@ def _node_line(value: dict[str, Any]) -> str:
     "--class", "classes", multiple=True, metavar="LOCAL=STUDY", help="What a local class is called in the study."
 )
 @click.option("--groups-csv", type=click.Path(path_type=Path), help="CSV: file, patient group.")
+@click.option("--labels-csv", type=click.Path(path_type=Path), help="Scans: CSV of labels [labels.csv with the data].")
 @click.option("--weights-file", type=click.Path(path_type=Path), help="Local weights of a pretrained backbone.")
 @pass_terminal
 def settings(terminal: Terminal, /, **given: Any) -> None:
     """Show what this hospital sets for itself, or change what is given; nothing of it is sent."""
-    study_given = any(given[name] for name in ("data_dir", "classes", "groups_csv", "weights_file"))
+    study_given = any(given[name] for name in ("data_dir", "classes", "groups_csv", "labels_csv", "weights_file"))
     if study_given and not given["study"]:
-        raise click.UsageError("--data-dir, --class, --groups-csv and --weights-file need --study.")
+        raise click.UsageError("--data-dir, --class, --groups-csv, --labels-csv and --weights-file need --study.")
     with open_site() as site:
         old = site.limits()
         limits = _changed_limits(old, given)
@@ -210,6 +211,7 @@ def _changed_study(old: StudySettings, given: dict[str, Any]) -> StudySettings:
         class_map={**old.class_map, **pairs(given["classes"], "--class")},
         groups_csv=path("groups_csv"),
         weights_file=path("weights_file"),
+        labels_csv=path("labels_csv"),
     )
 
 
@@ -228,6 +230,7 @@ def _study_value(item: StudySettings) -> dict[str, Any]:
         "class_map": dict(item.class_map),
         "groups_csv": str(item.groups_csv) if item.groups_csv else None,
         "weights_file": str(item.weights_file) if item.weights_file else None,
+        "labels_csv": str(item.labels_csv) if item.labels_csv else None,
     }
 
 
@@ -250,8 +253,9 @@ def _show_settings(terminal: Terminal, limits: Limits, studies: list[StudySettin
                 item.data_dir or "from DATA_DIR",
                 ", ".join(f"{local}={name}" for local, name in item.class_map.items()),
                 item.groups_csv,
+                item.labels_csv,
                 item.weights_file,
             ]
             for item in studies
         ]
-        terminal.table(["study", "data", "class names", "patient groups", "weights"], rows)
+        terminal.table(["study", "data", "class names", "patient groups", "labels", "weights"], rows)

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from fl_client.tasks.errors import UnknownTask
+from fl_client.tasks.errors import UnknownTask, WrongOption
 from medhive.spec import StudyData
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ PARTS: tuple[Part, ...] = ("train", "validation", "heldout")
 ENTRY_POINTS = "medhive.tasks"
 # Known without asking the installation's metadata, so that a source tree without installed entry points works too.
 BUILT_IN = {
+    "ct-volume": "fl_client.tasks.ct_volume:CtVolumeTask",
     "image-folder": "fl_client.tasks.image_folder:ImageFolderTask",
     "tabular": "fl_client.tasks.tabular:TabularTask",
 }
@@ -40,6 +41,7 @@ SPLIT_DOMAIN = b"medhive-split-v1\0"
 FINGERPRINT_DOMAIN = b"medhive-dataset-v1\0"
 
 Result = TypeVar("Result")
+Options = TypeVar("Options")
 
 OnProgress = Callable[[int, int], None]
 """Called with (done, total) while data are read."""
@@ -54,11 +56,17 @@ class LocalOptions:
         groups_csv: a CSV of two columns, file (relative to the data folder) and patient group; overrides a pattern.
         weights_file: local safetensors file that the first weights start from; all sites of a study need the same one,
             since version 0 is the same everywhere.
+        labels_csv: a CSV that says the label of each example, for tasks that can take labels from one.
+        cache_dir: where a task may keep what it made of the data; a temporary folder where there is none.
+        cache_bytes: how much it may keep there; None is the task's own limit.
     """
 
     class_map: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     groups_csv: Path | None = None
     weights_file: Path | None = None
+    labels_csv: Path | None = None
+    cache_dir: Path | None = None
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ class DataReport:
             once, but for rows of a table without patients' keys, which may well be two patients who agree.
         groups: number of patient groups, or None where the study tells none.
         fingerprint: HMAC-SHA256 under the site's secret over the sorted content hashes, in hexadecimal.
+        remarks: what a person here should know about data that are used all the same, and how often: for the screen of
+            the site alone, and without a name or a value.
     """
 
     task: str
@@ -91,6 +101,7 @@ class DataReport:
     duplicates: tuple[tuple[str, str], ...]
     groups: int | None
     fingerprint: str
+    remarks: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def of(
@@ -103,6 +114,7 @@ class DataReport:
         skipped: Sequence[Skipped],
         duplicates: Sequence[tuple[str, str]],
         groups: int | None,
+        remarks: Mapping[str, int] = MappingProxyType({}),
     ) -> Self:
         """Count examples, each given by the index of its class, its part and the SHA-256 of its content."""
 
@@ -119,6 +131,7 @@ class DataReport:
             duplicates=tuple(duplicates),
             groups=groups,
             fingerprint=fingerprint(secret, [(study.classes[label], digest) for label, _part, digest in examples]),
+            remarks=dict(remarks),
         )
 
     def counts_by_reason(self) -> dict[str, int]:
@@ -130,7 +143,7 @@ class DataReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, names included: for the screen of the site alone."""
-        return {**asdict(self), "reasons": self.counts_by_reason()}
+        return {**asdict(replace(self, remarks=dict(self.remarks))), "reasons": self.counts_by_reason()}
 
 
 @dataclass(frozen=True)
@@ -358,6 +371,23 @@ def finish(training: Training, on_epoch: Callable[[EpochProgress], None] | None 
             return cast(TrainResult, end.value)
         if progress is not None and on_epoch is not None:
             on_epoch(progress)
+
+
+def read_options(kind: type[Options], study: StudyData) -> Options:
+    """A study's options as the dataclass that a task describes them with, each field with a default of its type.
+
+    Raises:
+        WrongOption: an option is unknown or of another type.
+    """
+    known = {item.name: type(item.default) for item in fields(cast(Any, kind))}
+    given: dict[str, Any] = {}
+    for name, value in study.options.items():
+        if name not in known:
+            raise WrongOption(f"The task has no option {name!r}; it has {', '.join(known)}.", option=name)
+        given[name] = float(value) if known[name] is float and type(value) is int else value
+        if type(given[name]) is not known[name]:
+            raise WrongOption(f"Option {name!r} must be of type {known[name].__name__}.", option=name)
+    return kind(**given)
 
 
 def part_of(secret: bytes, key: bytes, validation_share: float, heldout_share: float) -> Part:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,12 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 from pydicom import config
-from pydicom.dataset import FileDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.uid import (
     JPEG2000,
+    CTImageStorage,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -42,6 +43,7 @@ from pydicom.uid import (
     JPEGLSLossless,
     JPEGLSNearLossless,
     RLELossless,
+    generate_uid,
 )
 
 from fl_client.tasks.errors import UnreadableExample
@@ -291,6 +293,7 @@ def _unfit(dataset: FileDataset, *, has_pixels: bool) -> str:
     checks = (
         ("directory", sop_class == DIRECTORY or dataset.file_meta.get("MediaStorageSOPClassUID") == DIRECTORY),
         ("secondary-capture", sop_class == SECONDARY_CAPTURE or sop_class.startswith(SECONDARY_CAPTURE + ".")),
+        ("truncated", not has_pixels and "Modality" not in dataset),
         ("wrong-modality", str(dataset.get("Modality", "") or "").upper() != "CT"),
         ("localizer", "LOCALIZER" in kind),
         ("no-pixel-data", not has_pixels),
@@ -366,9 +369,59 @@ def _require_whole(dataset: FileDataset, pixels: bytes) -> None:
 def _decoded(dataset: FileDataset) -> npt.NDArray[Any]:
     if int(dataset.BitsAllocated) not in (8, 16, 32):
         raise UnreadableExample("unsupported-encoding", "Pixels of this depth are not read.")
-    _require_whole(dataset, bytes(dataset.PixelData))
+    pixels = bytes(dataset.PixelData)
+    _require_whole(dataset, pixels)
+    if dataset.file_meta.TransferSyntaxUID in PLAIN:
+        return _plain(dataset, pixels)
     array: npt.NDArray[Any] = dataset.pixel_array
     return array
+
+
+def _plain(dataset: FileDataset, pixels: bytes) -> npt.NDArray[Any]:
+    """Plain pixels, without pydicom's decoders: those load GDCM, which shall stay out of the trainer."""
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.get("BitsStored", 0) or dataset.BitsAllocated)
+    if not 1 <= stored <= allocated:
+        raise UnreadableExample("corrupt", "The pixels' depth makes no sense.")
+    order = ">" if dataset.file_meta.TransferSyntaxUID == ExplicitVRBigEndian else "<"
+    signed = int(dataset.get("PixelRepresentation", 0) or 0) == 1
+    kind = np.dtype(f"{order}{'i' if signed else 'u'}{allocated // 8}")
+    count = int(dataset.Rows) * int(dataset.Columns)
+    values = np.frombuffer(pixels, kind, count).astype(kind.newbyteorder("="))
+    # Bits above those stored may hold anything; the shifts back and forth repeat the sign.
+    unused = allocated - stored
+    return ((values << unused) >> unused).reshape(int(dataset.Rows), int(dataset.Columns))
+
+
+def write_axial_series(folder: Path, values: npt.NDArray[np.int16], spacing_mm: Sequence[float], name: str) -> None:
+    """Write (slices, rows, columns) Hounsfield units as one axial CT series, of the patient and under identifiers of `name`.
+
+    Args:
+        spacing_mm: along z, y, x.
+    """
+    folder.mkdir(parents=True)
+    middle = [(n - 1) / 2 * mm for n, mm in zip(values.shape, spacing_mm, strict=True)]
+    for number, plane in enumerate(values):
+        dataset = Dataset()
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.SOPClassUID, dataset.Modality, dataset.ImageType = (
+            CTImageStorage,
+            "CT",
+            ["ORIGINAL", "PRIMARY", "AXIAL"],
+        )
+        dataset.SOPInstanceUID = generate_uid(entropy_srcs=[name, str(number)])
+        dataset.SeriesInstanceUID = generate_uid(entropy_srcs=[name, "series"])
+        dataset.StudyInstanceUID = generate_uid(entropy_srcs=[name, "study"])
+        dataset.PatientID = name
+        dataset.Rows, dataset.Columns = plane.shape
+        dataset.PixelSpacing = list(spacing_mm[1:])
+        dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        dataset.ImagePositionPatient = [-middle[2], -middle[1], number * spacing_mm[0] - middle[0]]
+        dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = 1, 0, "HU"
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 1
+        dataset.PixelData = plane.astype("<i2").tobytes()
+        dataset.save_as(folder / f"{number:04d}.dcm", enforce_file_format=True)
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -5,13 +5,11 @@ decoded, only JPEG and PNG decoders are tried, links may not lead out of the fol
 rest. This module needs no torch, so that `check-data` starts quickly.
 """
 
-import csv
 import hashlib
-import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -27,17 +25,15 @@ from fl_client.tasks.base import (
     Part,
     Skipped,
     part_of,
+    read_options,
 )
 from fl_client.tasks.errors import (
-    DataFolderMissing,
     EmptyClass,
-    GroupUnknown,
-    MissingClass,
     NotEnoughExamples,
-    UnknownClass,
     UnreadableExample,
     WrongOption,
 )
+from fl_client.tasks.folders import class_folders, groups_of_csv, known_group, walk
 from medhive.spec import StudyData
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
@@ -79,13 +75,7 @@ class ImageOptions:
         Raises:
             WrongOption: an option is unknown, of another type or out of range.
         """
-        known = {name: type(getattr(cls, name)) for name in cls.__dataclass_fields__}
-        for name, value in study.options.items():
-            if name not in known:
-                raise WrongOption(f"The task has no option {name!r}; it has {', '.join(known)}.", option=name)
-            if type(value) is not known[name]:
-                raise WrongOption(f"Option {name!r} must be of type {known[name].__name__}.", option=name)
-        options = cls(**study.options)  # type: ignore[arg-type]  # types were just compared
+        options = read_options(cls, study)
         options._require_ranges()
         return options
 
@@ -144,7 +134,7 @@ def scan_folder(
     """
     local = local or LocalOptions()
     options = ImageOptions.of(study)
-    folders = _class_folders(data_dir, study, local, options)
+    folders = class_folders(data_dir, study, local, allow_missing=options.allow_missing_classes)
     files, skipped = _list_files(data_dir, study, folders, _grouping(options, local))
     read: dict[str, _File] = {}
     duplicates: list[tuple[str, str]] = []
@@ -228,34 +218,6 @@ def _to_array(image: Image.Image, channels: int) -> UInt8:
     return np.ascontiguousarray(np.moveaxis(np.asarray(image.convert("RGB")), 2, 0))
 
 
-def _class_folders(
-    data_dir: Path, study: StudyData, local: LocalOptions, options: ImageOptions
-) -> dict[str, list[Path]]:
-    if not data_dir.is_dir():
-        raise DataFolderMissing(
-            f"There is no folder {data_dir}; give the folder that holds one folder per class.", folder=str(data_dir)
-        )
-    folders: dict[str, list[Path]] = {name: [] for name in study.classes}
-    for path in sorted(p for p in data_dir.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        name = local.class_map.get(path.name, path.name)
-        if name not in folders:
-            raise UnknownClass(
-                f"The study has no class {name!r} (folder {path}); its classes are {', '.join(study.classes)}. Rename "
-                f"the folder, move it away, or map it with --class {path.name}=<class of the study>.",
-                found=path.name,
-                classes=list(study.classes),
-            )
-        folders[name].append(path)
-    missing = [name for name, paths in folders.items() if not paths]
-    if missing and not options.allow_missing_classes:
-        raise MissingClass(
-            f"{data_dir} has no folder for {', '.join(missing)}. Add it, map a local folder to it with --class, or "
-            "have the study set the option allow_missing_classes.",
-            missing=missing,
-        )
-    return folders
-
-
 def _list_files(
     data_dir: Path,
     study: StudyData,
@@ -271,7 +233,7 @@ def _list_files(
             if not folder.resolve().is_relative_to(root):
                 skipped.append(Skipped(folder.relative_to(data_dir).as_posix(), "link-outside"))
                 continue
-            for path in _walk(folder):
+            for path in walk(folder):
                 relative = path.relative_to(data_dir).as_posix()
                 if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
                     skipped.append(Skipped(relative, "not-an-image"))
@@ -283,12 +245,6 @@ def _list_files(
                 if len(files) + len(skipped) > MAX_FILES:
                     raise WrongOption(f"{data_dir} holds more than {MAX_FILES} files; split it over several studies.")
     return files, skipped
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder, followlinks=False):
-        folders.sort()
-        yield from (Path(parent) / name for name in sorted(names))
 
 
 def _read(file: _File, channels: int, read: Mapping[str, _File], keep: Callable[[str, UInt8], None] | None) -> str:
@@ -309,38 +265,17 @@ def _grouped(options: ImageOptions, local: LocalOptions) -> bool:
 def _grouping(options: ImageOptions, local: LocalOptions) -> Callable[[str, str], str | None]:
     """A function from (path in the data folder, path in the class folder) to the patient group."""
     if local.groups_csv is not None:
-        table = _groups_of_csv(local.groups_csv)
-        return lambda relative, _: _known_group(table.get(relative), relative, f"listed in {local.groups_csv}")
+        table = groups_of_csv(local.groups_csv)
+        return lambda relative, _: known_group(table.get(relative), relative, f"listed in {local.groups_csv}")
     if options.group_pattern:
         pattern = _pattern(options.group_pattern)
 
         def from_name(relative: str, within: str) -> str | None:
             match = pattern.fullmatch(within)
-            return _known_group(match and match["group"], relative, f"matched by {options.group_pattern!r}")
+            return known_group(match and match["group"], relative, f"matched by {options.group_pattern!r}")
 
         return from_name
     return lambda _relative, _within: None
-
-
-def _known_group(group: str | None, name: str, how: str) -> str:
-    if not group:
-        raise GroupUnknown(
-            f"No patient group can be told for {name}: it is not {how}. Correct the list or the pattern, or move the "
-            "file away: without its group one patient could be on both sides of the split.",
-            file=name,
-        )
-    return group
-
-
-def _groups_of_csv(path: Path) -> dict[str, str]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = [row for row in csv.reader(stream) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataFolderMissing(f"The list of groups {path} cannot be read as a CSV file: {error}.") from error
-    if any(len(row) < 2 for row in rows):
-        raise GroupUnknown(f"Each line of {path} needs two columns: file (from the data folder) and patient group.")
-    return {row[0].strip(): row[1].strip() for row in rows}
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -20,19 +20,24 @@ TORCHVISION = "torchvision:"  # prefix of the backbones of the optional extra [v
 GROUPS = 8  # channels are multiples of it in every stage
 WIDTHS = (32, 48, 64, 96)  # 0.38 M parameters; an epoch of 5,501 images of 96 × 96 takes 13 s on two cores
 WIDE_WIDTHS = (184, 280, 368, 552)  # the same net with 12.6 M parameters (50 MB), for studies whose sites have GPUs
+# In 3D most of the work lies in the first halves of the resolution, so few channels there keep an epoch cheap.
+VOLUME_MODELS = ("resnet-gn", "densenet121", "resnet18")
+VOLUME_WIDTHS = (16, 32, 48, 64)  # 0.54 M parameters
+CONVOLUTIONS: Mapping[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 NAMED_DIFFERENCES = 3  # as many as a person reads
 
 
 class _Residual(nn.Module):
-    """Two 3 × 3 convolutions, each after normalisation and ReLU, added to their input."""
+    """Two convolutions of 3 pixels a side, each after normalisation and ReLU, added to their input."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dimensions: int) -> None:
         super().__init__()
-        self.last = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        convolution = CONVOLUTIONS[dimensions]
+        self.last = convolution(width, width, 3, padding=1, bias=False)
         self.branch = nn.Sequential(
             nn.GroupNorm(GROUPS, width),
             nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            convolution(width, width, 3, padding=1, bias=False),
             nn.GroupNorm(GROUPS, width),
             nn.ReLU(),
         )
@@ -43,29 +48,29 @@ class _Residual(nn.Module):
 
 
 class _Halve(nn.Sequential):
-    """Halve height and width, change the number of channels."""
+    """Halve all sides, change the number of channels."""
 
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__(
-            nn.GroupNorm(GROUPS, before), nn.ReLU(), nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
-        )
+    def __init__(self, before: int, after: int, dimensions: int) -> None:
+        halved = CONVOLUTIONS[dimensions](before, after, 3, stride=2, padding=1, bias=False)
+        super().__init__(nn.GroupNorm(GROUPS, before), nn.ReLU(), halved)
 
 
 class ResNetGN(nn.Module):
-    """The default: (n, channels, h, w) → (n, classes) logits; h and w at least 32.
+    """The default: (n, channels, h, w) or (n, channels, d, h, w) → (n, classes) logits; sides of at least 32.
 
     The head sees each channel's mean and its maximum, since a small lesion hardly moves the mean. Most of the work is done
     at a quarter of the image's resolution or below, which keeps an epoch cheap without a GPU.
     """
 
-    def __init__(self, channels: int, classes: int, widths: tuple[int, ...] = WIDTHS) -> None:
+    def __init__(self, channels: int, classes: int, widths: tuple[int, ...] = WIDTHS, dimensions: int = 2) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(channels, widths[0], 5, stride=2, padding=2, bias=False)
-        self.stages = nn.Sequential(*[nn.Sequential(_Halve(a, b), _Residual(b)) for a, b in pairwise(widths)])
+        self.stem = CONVOLUTIONS[dimensions](channels, widths[0], 5, stride=2, padding=2, bias=False)
+        stages = [nn.Sequential(_Halve(a, b, dimensions), _Residual(b, dimensions)) for a, b in pairwise(widths)]
+        self.stages = nn.Sequential(*stages)
         self.norm = nn.GroupNorm(GROUPS, widths[-1])
         self.head = nn.Linear(2 * widths[-1], classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, _Residual):
                 nn.init.zeros_(module.last.weight)  # every block starts as the identity
@@ -73,7 +78,8 @@ class ResNetGN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = torch.relu(self.norm(self.stages(self.stem(x))))
-        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
+        features = features.flatten(start_dim=2)
+        pooled = torch.cat([features.mean(dim=2), features.amax(dim=2)], dim=1)
         logits: Tensor = self.head(pooled)
         return logits
 
@@ -108,6 +114,33 @@ def build_model(name: str, *, channels: int, classes: int, seed: int) -> nn.Modu
         f"No model {name!r} is known; the study's option 'model' may be {', '.join(MODELS)}, or {TORCHVISION}NAME with "
         "the extra [vision].",
         model=name,
+    )
+
+
+def build_volume_model(name: str, *, classes: int, seed: int) -> nn.Module:
+    """The same for volumes of one channel.
+
+    MONAI's DenseNet121 and ResNet18 normalise by batches, as published; the default by groups.
+
+    Raises:
+        UnknownModel: no model has that name.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "resnet-gn":
+            return ResNetGN(1, classes, VOLUME_WIDTHS, dimensions=3)
+        if name == "densenet121":
+            from monai.networks.nets import DenseNet121  # noqa: PLC0415 - seconds of imports for one of three models
+
+            dense: nn.Module = DenseNet121(spatial_dims=3, in_channels=1, out_channels=classes)
+            return dense
+        if name == "resnet18":
+            from monai.networks.nets import resnet18  # noqa: PLC0415
+
+            residual: nn.Module = resnet18(spatial_dims=3, n_input_channels=1, num_classes=classes)
+            return residual
+    raise UnknownModel(
+        f"No 3D model {name!r} is known; the study's option 'model' may be {', '.join(VOLUME_MODELS)}.", model=name
     )
 
 

@@ -22,6 +22,7 @@ from fl_client.tasks.base import (
     Part,
     Skipped,
     part_of,
+    read_options,
 )
 from fl_client.tasks.errors import (
     DataFolderMissing,
@@ -59,14 +60,7 @@ class TableOptions:
         Raises:
             WrongOption: an option is unknown or of another type.
         """
-        for name, value in study.options.items():
-            if name not in cls.__dataclass_fields__:
-                raise WrongOption(
-                    f"The task has no option {name!r}; it has {', '.join(cls.__dataclass_fields__)}.", option=name
-                )
-            if type(value) is not type(getattr(cls, name)):
-                raise WrongOption(f"Option {name!r} is of the wrong type.", option=name)
-        return cls(**study.options)  # type: ignore[arg-type]  # types were just compared
+        return read_options(cls, study)
 
 
 @dataclass(frozen=True)
