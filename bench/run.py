@@ -87,6 +87,15 @@ def overhead_rows(report: Report) -> Iterator[Row]:
             )
 
 
+def sealed_rows(report: Report) -> Iterator[Row]:
+    """Of `sealed.py`."""
+    for item in report["rows"]:
+        for way in ("down", "up"):
+            took = item[way]
+            figure = f"{took['sealed_s']:.2f} s, plain {took['plain_s']:.2f} s: {took['times_as_long']} times as long"
+            yield Row(f"{item['megabytes']:.0f} MB {way}, sealed", figure)
+
+
 def image_rows(report: Report) -> Iterator[Row]:
     """Of `accuracy.py` on images."""
     options = report["options"]
@@ -123,6 +132,8 @@ def benchmarks(chosen: argparse.Namespace) -> list[Benchmark]:
         for name in ("fedavg", "fedprox")
     ]
     found.append(Benchmark("overhead", ("overhead.py", *rounds), overhead_rows))
+    some = ("--mb", "5", "--repeats", "2") if quick else ()
+    found.append(Benchmark("sealed", ("sealed.py", *some), sealed_rows))
     return found + _accuracy(chosen)
 
 
