@@ -16,13 +16,14 @@ SITES ?= 3
 ROUNDS ?= 3
 REPORT ?=
 KEEP ?=
+DIR ?= images
 
 # Nothing that runs here reports home.
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test test-containers images up down logs lint types imports fmt bench clean
+.PHONY: help setup demo test test-containers images images-save up down logs lint types imports fmt bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -58,6 +59,9 @@ test-containers: $(STAMP) ## Build the images and run the tests that need a cont
 images: ## Build all images
 	docker compose build
 	docker build --tag fl-client --file services/fl-client/Dockerfile .
+
+images-save: ## Write the images to files for machines without a registry: DIR=images
+	deploy/images-save.sh "$(DIR)"
 
 up: ## Start the coordinator in containers
 	docker compose up --detach

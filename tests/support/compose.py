@@ -63,10 +63,13 @@ class Compose:
 
     def command(self, *words: str, check: bool = True, deadline_s: float = DEADLINE_S) -> str:
         """`docker compose ...` of this project."""
-        settings = {"PUBLIC_NAME": HOST, "PORT": str(self.port), "MLFLOW_PORT": str(self.mlflow_port)}
-        files = [word for file in self.files for word in ("--file", file)]
-        named = ("--project-name", self.name, "--project-directory", str(ROOT))
-        return run("docker", "compose", *named, *files, *words, env=settings, check=check, deadline_s=deadline_s)
+        return run("docker", "compose", *words, env=self.environment, check=check, deadline_s=deadline_s)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes every `docker compose`, and `make`, mean this project."""
+        named = {"COMPOSE_PROJECT_NAME": self.name, "COMPOSE_FILE": os.pathsep.join(self.files)}
+        return {**named, "PUBLIC_NAME": HOST, "PORT": str(self.port), "MLFLOW_PORT": str(self.mlflow_port)}
 
     def container(self, service: str) -> str:
         """The id of a service's container."""
