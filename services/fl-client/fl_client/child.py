@@ -7,6 +7,7 @@ by a long one. It never outlives its parent: the end of its input, and on Linux 
 
 import ctypes
 import json
+import math
 import os
 import queue
 import signal
@@ -429,9 +430,10 @@ def _validated(workspace: Workspace, weights: Mapping[str, Any]) -> Steps:
     except NotEnoughExamples:
         return {"metrics": {}, "confusion": [], "examples": 0}
     evaluation = _evaluated(workspace, judged)
+    own = {f"val_{name}": value for name, value in judged.metrics.items() if math.isfinite(value)}
     yield None
     return {
-        "metrics": validation_metrics(evaluation),
+        "metrics": {**validation_metrics(evaluation), **own},
         "confusion": [list(row) for row in evaluation.confusion],
         "examples": evaluation.examples,
     }

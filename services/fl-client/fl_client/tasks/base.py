@@ -215,10 +215,14 @@ Training = Generator[EpochProgress | None, None, TrainResult]
 
 @dataclass(frozen=True)
 class Judged:
-    """A model's word on one part of the data: (n,) indices of the true classes, (n, k) class probabilities."""
+    """A model's word on one part of the data: (n,) indices of the true classes, (n, k) class probabilities.
+
+    `metrics` are figures of the task's own, beside those that follow from the probabilities.
+    """
 
     labels: npt.NDArray[np.int64]
     probabilities: npt.NDArray[np.float64]
+    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
 Judging = Generator[None, None, Judged]
