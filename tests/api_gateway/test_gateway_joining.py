@@ -23,7 +23,7 @@ from medhive.errors import (
     TooManyAttempts,
 )
 from medhive.signing import SigningKey, sign
-from medhive.wire import API, Join, SiteTokenProof
+from medhive.wire import API, Join, LeaveBody, SiteTokenProof
 
 JSON = {"Content-Type": "application/json"}
 
@@ -208,9 +208,17 @@ def test_a_revoked_site_can_do_nothing_more(world: World) -> None:
 
 def test_a_site_leaves_by_itself_only(world: World) -> None:
     one, two = world.hospital(), world.hospital()
+    now = datetime.now(UTC)
+    mine = LeaveBody(site=one.site, coordinator_key_id=one.coordinator.key_id, reason="done", issued_at=now)
     with pytest.raises(MedHiveError):
-        one.client.post(f"{API}/sites/{two.site}/leave", {"reason": ""})
-    assert one.client.post(f"{API}/sites/{one.site}/leave", {"reason": "done"})["state"] == "left"
+        one.client.post(f"{API}/sites/{two.site}/leave", sign(mine.model_copy(update={"site": two.site}), one.key))
+    # Its token is not enough: it may have been read on its way.
+    with pytest.raises(BadSignature):
+        one.client.post(f"{API}/sites/{one.site}/leave", sign(mine, two.key))
+    with pytest.raises(ClockSkew):
+        old = mine.model_copy(update={"issued_at": now - timedelta(hours=1)})
+        one.client.post(f"{API}/sites/{one.site}/leave", sign(old, one.key))
+    assert one.client.post(f"{API}/sites/{one.site}/leave", sign(mine, one.key))["state"] == "left"
     with pytest.raises(NotAuthenticated):
         one.client.get(f"{API}/sites")
 

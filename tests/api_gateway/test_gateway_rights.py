@@ -7,7 +7,8 @@ import httpx
 import pytest
 from gateway_world import Hospital, World
 
-from medhive.wire import API, RunAnswer, VersionAnswer
+from medhive.signing import sign
+from medhive.wire import API, LeaveBody, RunAnswer, VersionAnswer
 
 ROLES = ("nobody", "admin", "analyst", "server", "member", "stranger")
 OPEN = "nobody admin analyst server member stranger"
@@ -188,6 +189,9 @@ def _body(scene: Scene, path: str) -> object:
         "/studies/{study}/versions/1/decisions": scene.member.decision(version, "accepted").model_dump(mode="json"),
         "/cleanup": {},
         "/events/countersign": _countersignature(scene),
+        "/sites/{site}/leave": sign(
+            LeaveBody(site=scene.member.site, coordinator_key_id="0" * 16, issued_at=run.created_at), scene.member.key
+        ).model_dump(mode="json"),
         "/server/nodes/{site}": {},
         "/server/lease": {"holder": "x"},
         "/server/runs/{run}/heartbeat": {"fence": 0},
@@ -201,7 +205,7 @@ def _body(scene: Scene, path: str) -> object:
         return bodies[path]
     return (
         {"reason": ""}
-        if path.rsplit("/", maxsplit=1)[-1] in ("revoke", "leave", "approve", "reject", "cancel", "stop")
+        if path.rsplit("/", maxsplit=1)[-1] in ("revoke", "approve", "reject", "cancel", "stop")
         else None
     )
 

@@ -159,7 +159,7 @@ def test_a_revoked_site_is_told_so(world: World) -> None:
 
 def test_who_has_left_cannot_come_back_with_the_same_folder(world: World) -> None:
     site = world.join("leaver", "heart")
-    leave(site.identity, site.gateway, site.store, "moving")
+    leave(site.identity, site.keys, site.gateway, site.store, "moving")
     with pytest.raises(AlreadyJoined, match="has left"):
         join_site(site.settings, "whatever")
 

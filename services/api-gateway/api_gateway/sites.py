@@ -31,6 +31,7 @@ from medhive.wire import (
     Join,
     JoinAnswer,
     JoinProof,
+    LeaveBody,
     NewInvite,
     NodeAnswer,
     NodeReport,
@@ -216,7 +217,7 @@ def _invitation(work: Work, body: Join) -> Invite:
 
 
 def _check_statement(
-    work: Work, statement: "Signed[JoinProof] | Signed[SiteTokenProof]", key: VerifyKey, to: str
+    work: Work, statement: "Signed[JoinProof] | Signed[SiteTokenProof] | Signed[LeaveBody]", key: VerifyKey, to: str
 ) -> None:
     body: SignedBody = statement.verify(key)
     if to != work.gateway.key.public.key_id:
@@ -324,13 +325,19 @@ def revoke(work: Work, name: str, reason: str) -> SiteAnswer:
     return to_answer(work, site)
 
 
-def leave(work: Work, name: str, reason: str) -> SiteAnswer:
-    """A hospital goes for good, by its own wish."""
-    site = work.site(name)
-    if work.own_site() != name:
+def leave(work: Work, name: str, statement: Signed[LeaveBody]) -> SiteAnswer:
+    """A hospital goes for good, by its own wish.
+
+    Raises:
+        NotAllowed: another hospital's.
+        BadSignature, ClockSkew: the statement is not this hospital's to this coordinator, or old.
+    """
+    site, body = work.site(name), statement.body
+    if not work.own_site() == name == body.site:
         raise NotAllowed("Only the hospital itself can leave.", site=name)
-    _end(work, site, SiteState.LEFT, reason)
-    work.record(Kind.SITE_LEFT, f"site {name}", site=name, reason=reason)
+    _check_statement(work, statement, VerifyKey.from_text(str(site.consent_public_key)), body.coordinator_key_id)
+    _end(work, site, SiteState.LEFT, body.reason)
+    work.record(Kind.SITE_LEFT, f"site {name}", site=name, reason=body.reason)
     return to_answer(work, site)
 
 

@@ -218,6 +218,16 @@ class SiteAnswer(Answer):
     fleet_address: str | None = None
 
 
+class LeaveBody(SignedBody):
+    """A hospital goes for good; signed with its consent key, since a token may have been read on its way."""
+
+    DOMAIN = "medhive.leave.v1"
+    site: Name
+    coordinator_key_id: str
+    reason: str = Field("", max_length=MAX_TEXT)
+    issued_at: AwareDatetime
+
+
 class Reason(Frozen):
     """A person's words for a rejection, revocation, withdrawal, stop or cancellation."""
 

@@ -46,7 +46,7 @@ from medhive.wire import (
     Join,
     JoinAnswer,
     JoinProof,
-    Reason,
+    LeaveBody,
     SiteTokenProof,
     TokenAnswer,
 )
@@ -304,13 +304,15 @@ def join(
     return JoinOutcome(identity, True, _own_studies(identity, keys, store, extra_ca_file))
 
 
-def leave(identity: Identity, gateway: Gateway, store: Store, reason: str) -> None:
+def leave(identity: Identity, keys: Keys, gateway: Gateway, store: Store, reason: str) -> None:
     """Leave the coordinator for good; keys, models and database stay on disk.
 
     Raises:
         MedHiveError: the gateway's refusal.
     """
-    gateway.post(f"/sites/{identity.site}/leave", Reason(reason=reason))
+    to = identity.verify_key.key_id
+    body = LeaveBody(site=identity.site, coordinator_key_id=to, reason=reason, issued_at=gateway.now())
+    gateway.post(f"/sites/{identity.site}/leave", sign(body, keys.consent_key()))
     store.set_fact(IDENTITY, {**asdict(identity), "left": True})
     store.set_fact(TOKEN, None)
 

@@ -15,6 +15,7 @@ from medhive.wire import (
     InviteAnswer,
     Join,
     JoinAnswer,
+    LeaveBody,
     NewInvite,
     NodeAnswer,
     NodeReport,
@@ -84,10 +85,10 @@ def revoke(site: SiteName, body: Reason, call: CallDep) -> SiteAnswer:
 
 
 @router.post("/sites/{site}/leave")
-def leave(site: SiteName, body: Reason, call: CallDep) -> SiteAnswer:
-    """A hospital goes for good, by its own wish."""
+def leave(site: SiteName, body: Signed[LeaveBody], call: CallDep) -> SiteAnswer:
+    """A hospital goes for good, by its own signed wish."""
     with call.write(Role.SITE) as work:
-        return sites.leave(work, site, body.reason)
+        return sites.leave(work, site, body)
 
 
 @router.get("/server/nodes")
