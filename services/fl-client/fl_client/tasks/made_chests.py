@@ -1,4 +1,4 @@
-"""Made CT scans in place of real ones: chests with and without a nodule, for the demonstration and the tests.
+"""Made CT scans in place of real ones: chests with and without a nodule, for trials and the tests.
 
 Half of them hold one ball of a nodule's size and density in a lung, beside vessels of the same density that every lung has.
 They are no medical data and prove nothing about patients.
