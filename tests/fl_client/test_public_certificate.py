@@ -16,6 +16,7 @@ from fl_client.identity import WrongAuthority, discover
 from fl_client.site import join_site
 from medhive.client import GatewayClient, Trust
 from medhive.errors import Unreachable
+from medhive.signing import SigningKey
 from medhive.wire import API, AddressTrust
 
 
@@ -71,20 +72,16 @@ def test_without_the_roots_nothing_is_sent(
 
 
 def test_a_certificate_that_is_trusted_does_not_make_a_coordinator(
-    world: World, ca: PublicCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, ca: PublicCa, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another coordinator behind a perfectly valid public certificate, asked with this one's invite."""
+    """Another coordinator behind a perfectly valid public certificate, asked with the invite of one that is not there."""
     monkeypatch.setenv("SSL_CERT_FILE", str(ca.file))
-    other = World(tmp_path, MEDHIVE_GATEWAY_OWN_CERT_FILE=str(ca.certificate))
-    try:
-        with public_address(ca, other.stack.ports["gateway"], other.stack.trust().context()) as rogue:
-            settings = world.settings("lured", server_address=rogue)
-            with pytest.raises(WrongAuthority):
-                join_site(settings, world.invite("lured", "heart"))
-        sites = {site["name"]: site["state"] for site in other.admin.get(f"{API}/sites")}
-        assert sites == {}
-    finally:
-        other.close()
+    parts = world.invite("lured", "heart").split(".")
+    parts[2] = base64.urlsafe_b64encode(SigningKey.generate().public.raw).decode().rstrip("=")
+    with pytest.raises(WrongAuthority):
+        join_site(world.settings("lured", server_address=address), ".".join(parts))
+    states = {site["name"]: site["state"] for site in world.admin.get(f"{API}/sites")}
+    assert states["lured"] == "invited"
 
 
 def test_a_pinned_coordinator_is_not_trusted_by_public_roots(
@@ -104,3 +101,46 @@ def test_a_pinned_coordinator_is_not_trusted_by_public_roots(
                 assert client.get(f"{API}/coordinator")["introduction"]["body"]["address_trust"] == "pinned"
     finally:
         world.close()
+
+
+def test_a_hospital_follows_its_coordinator_to_another_address(
+    ca: PublicCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joined with MedHive's CA; then the coordinator shows a public certificate elsewhere, and Flower moves with it."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.file))
+    world = World(tmp_path)
+    try:
+        world.study("heart", "tabular", TABLE)
+        site = world.join("mover", "heart")
+        assert not site.greet()
+        assert site.identity.address_trust == AddressTrust.PINNED
+        world.stack.stop()
+        world.stack.extra_env = {"MEDHIVE_GATEWAY_OWN_CERT_FILE": str(ca.certificate)}
+        world.stack.ports["fleet"] += 1
+        world.stack.start_gateway()
+        with public_address(ca, world.stack.ports["gateway"], world.stack.trust().context()) as address:
+            moved = world.open(world.settings("mover", server_address=address))
+            assert moved.greet()
+            assert moved.identity.fleet_address == f"localhost:{world.stack.ports['fleet']}"
+            assert [study.name for study in moved.gateway.studies()] == ["heart"]
+            later = world.open(world.settings("mover", server_address=""))
+            assert later.identity == moved.identity
+            assert [study.name for study in later.gateway.studies()] == ["heart"]
+    finally:
+        world.close()
+
+
+def test_a_hospital_does_not_follow_anybody_else(
+    world: World, address: str, ca: PublicCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address of another coordinator, with a certificate that is perfectly valid."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.file))
+    own = World(tmp_path)
+    try:
+        site = own.join("loyal")
+        lured = own.open(own.settings("loyal", server_address=address))
+        with pytest.raises(Unreachable, match="certificate"):
+            lured.greet()
+        assert own.open(own.settings("loyal", server_address="")).identity == site.identity
+    finally:
+        own.close()

@@ -134,10 +134,21 @@ class GatewayClient:
             token: bearer token, sent with every exchange.
         """
         self.address = address.rstrip("/")
+        self._former: list[httpx.Client] = []
+        self._http = self._connection(trust)
+        self.use_token(token)
+
+    def _connection(self, trust: Trust) -> httpx.Client:
         headers = {PROTOCOL_HEADER: str(PROTOCOL), SOFTWARE_HEADER: __version__}
         timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        self._http = httpx.Client(base_url=self.address, headers=headers, verify=trust.context(), timeout=timeout)
-        self.use_token(token)
+        return httpx.Client(base_url=self.address, headers=headers, verify=trust.context(), timeout=timeout)
+
+    def use_trust(self, trust: Trust) -> None:
+        """Count these certificates from the next exchange on; what is under way ends as it began."""
+        fresh = self._connection(trust)
+        fresh.headers = self._http.headers
+        self._former.append(self._http)
+        self._http = fresh
 
     def use_token(self, token: str | None) -> None:
         """Send this bearer token from now on."""
@@ -147,7 +158,8 @@ class GatewayClient:
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        for http in (*self._former, self._http):
+            http.close()
 
     def __enter__(self) -> "GatewayClient":
         return self

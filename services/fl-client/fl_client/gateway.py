@@ -4,6 +4,7 @@ Node loop and commands call methods named after what they want; that a token has
 or that this machine's clock is off is dealt with here, once.
 """
 
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from medhive.client import GatewayClient, Progress, RemoteError, Trust
-from medhive.errors import ClockSkew, NotAllowed, NotAuthenticated, SealBroken, SealedOnly, Unreachable
+from medhive.errors import ClockSkew, MedHiveError, NotAllowed, NotAuthenticated, SealBroken, SealedOnly, Unreachable
 from medhive.sealing import SiteSealing
 from medhive.signing import Signed
 from medhive.version import require_compatible
@@ -71,6 +72,7 @@ class Gateway:
         on_clock: Callable[[float], None] = lambda _offset: None,
         sealing: MakeSealing | None = None,
         sealed: bool = False,
+        trust_anew: Callable[[str], Trust] | None = None,
     ) -> None:
         """Connect lazily.
 
@@ -81,8 +83,11 @@ class Gateway:
             on_token, on_clock: told what should survive this process.
             sealing: makes what seals weights, of the coordinator's answer and the clock.
             sealed: weights pass sealed; without it only once the gateway asks for it.
+            trust_anew: says whose certificates count at an address that shows an unknown one; raises what is not to be
+                trusted.
         """
         self._clients = [GatewayClient(address, trust, token) for address in addresses]
+        self._trust_anew = trust_anew
         self._prove = prove
         self._expires_at = expires_at if token else None
         self._offset_s = clock_offset_s
@@ -119,7 +124,7 @@ class Gateway:
         last: Unreachable | None = None
         for client in tuple(self._clients):
             try:
-                result = exchange(client)
+                result = self._trusting(client, exchange)
             except Unreachable as error:
                 last = error
                 continue
@@ -127,6 +132,25 @@ class Gateway:
                 self._prefer(client)
             return result
         raise last or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
+
+    def _trusting(self, client: GatewayClient, exchange: Callable[[GatewayClient], Result]) -> Result:
+        """Make an exchange; where the certificate is unknown, let the coordinator introduce itself, and try once more."""
+        try:
+            return exchange(client)
+        except Unreachable as error:
+            if self._trust_anew is None or not _is_untrusted(error):
+                raise
+            try:
+                trust = self._trust_anew(client.address)
+            except MedHiveError:
+                raise error from None
+        client.use_trust(trust)
+        return exchange(client)
+
+    def use_trust(self, trust: Trust) -> None:
+        """Count these certificates from now on."""
+        for client in self._clients:
+            client.use_trust(trust)
 
     def _prefer(self, client: GatewayClient) -> None:
         with self._lock:
@@ -185,13 +209,13 @@ class Gateway:
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def coordinator(self) -> CoordinatorAnswer:
+    def coordinator(self, nonce: str = "") -> CoordinatorAnswer:
         """Who the coordinator is; sets the clock by it.
 
         Raises:
             IncompatibleVersion: one side must be upgraded; the text says which.
         """
-        answer = self._each(lambda client: _read(CoordinatorAnswer, client.get(f"{API}/coordinator")))
+        answer = self._each(lambda client: _read(CoordinatorAnswer, client.get(f"{API}/coordinator", nonce=nonce)))
         require_compatible(answer.protocol, "this hospital", "the coordinator")
         self.set_server_time(answer.time)
         return answer
@@ -337,6 +361,14 @@ class Gateway:
             return TypeAdapter(list[model]).validate_python(answer)  # type: ignore[valid-type]
         except ValidationError as error:
             raise _unreadable(path, error) from error
+
+
+def _is_untrusted(error: BaseException) -> bool:
+    """Whether a certificate was the cause."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
 
 
 def _read(model: type[Model], answer: Any) -> Model:

@@ -12,7 +12,7 @@ import base64
 import secrets
 import ssl
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -193,6 +193,16 @@ class Identity:
         """The TLS context for the fleet address."""
         return self.trust(extra_ca_file).context()
 
+    def after(self, found: Introduced) -> "Identity":
+        """The same site, as the coordinator has now introduced itself."""
+        return replace(
+            self,
+            fleet_address=found.fleet_address,
+            coordinator_key=found.key.text,
+            ca_pem="".join(found.authorities),
+            address_trust=found.address_trust,
+        )
+
     def save(self, store: Store) -> None:
         """Keep it."""
         store.set_fact(IDENTITY, asdict(self))
@@ -226,7 +236,7 @@ def connect(identity: Identity, keys: Keys, store: Store, extra_ca_file: Path | 
     return Gateway(
         identity.addresses,
         identity.trust(extra_ca_file),
-        token_prover(identity.site, identity.verify_key.key_id, keys),
+        token_prover(identity.site, lambda: Identity.load(store).verify_key.key_id, keys),
         token=token.token if token else None,
         expires_at=token.expires_at if token else None,
         clock_offset_s=store.fact(CLOCK) or 0.0,
@@ -234,6 +244,7 @@ def connect(identity: Identity, keys: Keys, store: Store, extra_ca_file: Path | 
         on_clock=lambda offset: _keep_clock(store, offset),
         sealing=sealing_maker(identity, keys),
         sealed=identity.address_trust == AddressTrust.TUNNEL,
+        trust_anew=lambda address: _trust_anew(store, address, extra_ca_file),
     )
 
 
@@ -247,17 +258,27 @@ def sealing_maker(identity: Identity, keys: Keys) -> Callable[[CoordinatorAnswer
     return make
 
 
+def _trust_anew(store: Store, address: str, extra_ca_file: Path | None) -> Trust:
+    """What to trust at an address whose certificate is unknown: what the coordinator says, once it has proved its key."""
+    identity = Identity.load(store)
+    identity = identity.after(discover((address,), identity.verify_key))
+    identity.save(store)
+    return identity.trust(extra_ca_file)
+
+
 def _keep_clock(store: Store, offset_s: float) -> None:
     if (store.fact(CLOCK) or 0.0) != offset_s:
         store.set_fact(CLOCK, offset_s)
 
 
-def token_prover(site: str, coordinator_key_id: str, keys: Keys) -> Callable[[datetime], Signed[SiteTokenProof]]:
+def token_prover(
+    site: str, coordinator_key_id: Callable[[], str], keys: Keys
+) -> Callable[[datetime], Signed[SiteTokenProof]]:
     """Return the function that signs for a fresh token, dated as it is told."""
 
     def prove(now: datetime) -> Signed[SiteTokenProof]:
         proof = SiteTokenProof(
-            site=site, coordinator_key_id=coordinator_key_id, issued_at=now, nonce=secrets.token_hex(16)
+            site=site, coordinator_key_id=coordinator_key_id(), issued_at=now, nonce=secrets.token_hex(16)
         )
         return sign(proof, keys.consent_key())
 
@@ -355,10 +376,15 @@ def discover(addresses: tuple[str, ...], pinned: VerifyKey) -> Introduced:
     nonce = new_nonce()
     answer = _first_answer(addresses, nonce)
     require_compatible(answer.protocol, "this hospital", "the coordinator")
-    return _checked(answer, pinned, nonce)
+    return checked(answer, pinned, nonce)
 
 
-def _checked(answer: CoordinatorAnswer, pinned: VerifyKey, nonce: str) -> Introduced:
+def checked(answer: CoordinatorAnswer, pinned: VerifyKey, nonce: str) -> Introduced:
+    """What an answer says, if it is the one of the coordinator with this key.
+
+    Raises:
+        WrongAuthority: it is somebody else's.
+    """
     try:
         return introduced(answer, pinned, nonce)
     except (BadSignature, InvalidInput) as error:

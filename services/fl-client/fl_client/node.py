@@ -56,6 +56,8 @@ TICK_S = 1.0
 BURST_S = 0.3
 # After a refusal that may pass (a registration under way, an upgrade at the coordinator).
 REFUSED_WAIT_S = 5.0
+# Kinds of events after which the coordinator may be reached or trusted in another way.
+ABOUT_COORDINATOR = frozenset({"coordinator", "tunnel"})
 # After a task the next one is likely near, whatever the gateway says.
 FAST_AFTER_TASK_S = 15.0
 
@@ -130,6 +132,7 @@ class Node:
         self._stopping = threading.Event()
         self._wake_watch = threading.Event()
         self._wake_fleet = threading.Event()
+        self._greet_again = threading.Event()
         self._reporter = ActivityReporter(site.gateway.report_activity)
         self._worker = Worker(site, self._trainer, self._reporter, self._emit, self._stopping)
         self._watch = Watch(site, self._trainer, self._emit, self._in_background)
@@ -268,9 +271,12 @@ class Node:
     def _look(self, away_since: float | None, greeted: bool, everywhere: bool) -> tuple[float | None, bool]:
         """Look once; returns since when the gateway is away, and whether it has been greeted since then."""
         try:
-            if not greeted:
-                self._site.gateway.coordinator()
-                self._emit(Connected("gateway", time.monotonic() - away_since if away_since else 0.0))
+            if not greeted or self._greet_again.is_set():
+                self._greet_again.clear()
+                if self._site.greet():
+                    self._reach_fleet_anew()
+                if not greeted:
+                    self._emit(Connected("gateway", time.monotonic() - away_since if away_since else 0.0))
             if self._heard_to is None:
                 # Before the first look, so that what happens during it is heard of afterwards.
                 self._heard_to = self._site.gateway.head().body.number
@@ -285,6 +291,12 @@ class Node:
         except MedHiveError as error:
             self._emit(Problem("gateway", str(error)))
         return None, True
+
+    def _reach_fleet_anew(self) -> None:
+        """Leave a fleet address, or a trust in it, that the coordinator has replaced."""
+        fleet = self._fleet
+        if fleet is not None:
+            fleet.close()
 
     def _note(self, watched: Watched) -> None:
         if watched.busy and not self._busy:
@@ -303,6 +315,8 @@ class Node:
         return feed
 
     def _hear(self, event: EventAnswer) -> None:
+        if event.kind.partition(".")[0] in ABOUT_COORDINATOR:
+            self._greet_again.set()
         if self._watch.hear(event):
             self._wake_watch.set()
 

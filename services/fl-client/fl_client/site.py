@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Self
 
 from fl_client.gateway import Gateway
-from fl_client.identity import Identity, JoinOutcome, Keys, NotJoined, connect, join
+from fl_client.identity import Identity, JoinOutcome, Keys, NotJoined, checked, connect, join
 from fl_client.jobs import Source
 from fl_client.limits import Limits
 from fl_client.settings import Settings
 from fl_client.store import Store
 from fl_client.trainer import Trainer
 from medhive.errors import Conflict
+from medhive.introduction import new_nonce
 from medhive.signing import SigningKey
 from medhive.spec import StudyData
 
@@ -30,9 +31,12 @@ class AlreadyRunning(Conflict):
     code = "already-running"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Site:
-    """Everything that a command or the node works with. Close it when done."""
+    """Everything that a command or the node works with. Close it when done.
+
+    `identity` is replaced when the coordinator introduces itself anew.
+    """
 
     settings: Settings
     store: Store
@@ -65,6 +69,27 @@ class Site:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def greet(self) -> bool:
+        """Let the coordinator introduce itself, over its key, and keep what it says; whether anything has changed.
+
+        A new SERVER_ADDRESS is kept too, once the coordinator has answered there.
+
+        Raises:
+            WrongAuthority: another coordinator answers.
+            Unreachable: nobody answers.
+        """
+        nonce = new_nonce()
+        answer = self.gateway.coordinator(nonce)
+        kept = Identity.load(self.store)
+        identity = replace(kept, addresses=self.identity.addresses)
+        identity = identity.after(checked(answer, identity.verify_key, nonce))
+        if identity != kept:
+            identity.save(self.store)
+        changed, self.identity = identity != self.identity, identity
+        if changed:
+            self.gateway.use_trust(identity.trust(self.settings.extra_ca_file))
+        return changed
 
     @property
     def name(self) -> str:
