@@ -278,13 +278,18 @@ def settings() -> dict[str, object]:
     from api_gateway.admin.session import CONFIG_VARIABLE  # noqa: PLC0415 - late: heavy
     from api_gateway.settings import PREFIX as GATEWAY  # noqa: PLC0415
     from api_gateway.settings import Settings as GatewaySettings  # noqa: PLC0415
+    from api_gateway.tunnel import PREFIX as TUNNEL  # noqa: PLC0415
+    from api_gateway.tunnel import TunnelSettings  # noqa: PLC0415
     from fl_client.settings import Settings as SiteSettings  # noqa: PLC0415
     from fl_server.settings import PREFIX as SERVER  # noqa: PLC0415
     from fl_server.settings import ServerSettings  # noqa: PLC0415
 
     found: dict[str, object] = {CONFIG_VARIABLE: None}
-    for prefix, kind in ((GATEWAY, GatewaySettings), (SERVER, ServerSettings)):
-        found |= {prefix + name.upper(): field.default for name, field in kind.model_fields.items()}
+    for prefix, kind in ((GATEWAY, GatewaySettings), (SERVER, ServerSettings), (TUNNEL, TunnelSettings)):
+        found |= {
+            str(field.validation_alias or prefix + name.upper()): field.default
+            for name, field in kind.model_fields.items()
+        }
     for field in SiteSettings.model_fields.values():
         alias = field.validation_alias
         names = [str(name) for name in alias.choices] if isinstance(alias, AliasChoices) else [str(alias)]
@@ -304,7 +309,9 @@ def described_settings() -> dict[str, str]:
         cells = line.strip("|").split("|")
         if line.startswith("|"):
             for name in re.findall(r"`([A-Z_]+)`", cells[0]):
-                found[name if name.startswith("MEDHIVE_") or prefix == "MEDHIVE_SITE_" else prefix + name] = line
+                found[
+                    name if name.startswith(("MEDHIVE_", "NGROK_")) or prefix == "MEDHIVE_SITE_" else prefix + name
+                ] = line
     return found
 
 

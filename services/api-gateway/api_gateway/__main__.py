@@ -73,13 +73,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help=f"serve; the settings are environment variables that begin with {PREFIX}")
-    parser.parse_args(arguments)
+    commands.add_parser(
+        "tunnel", help="keep an ngrok tunnel to the proxy open; its settings begin with MEDHIVE_TUNNEL_"
+    )
+    options = parser.parse_args(arguments)
     try:
-        serve(load_settings(), sys.stdout)
+        if options.command == "tunnel":
+            _keep_tunnel()
+        else:
+            serve(load_settings(), sys.stdout)
     except MedHiveError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
+
+
+def _keep_tunnel() -> None:
+    from api_gateway import tunnel  # noqa: PLC0415 - pyngrok is nothing for the gateway's own process
+
+    keeper = tunnel.serve()
+    if keeper is not None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: keeper.stop())
+        keeper.run()
 
 
 def serve(settings: Settings, out: TextIO) -> None:

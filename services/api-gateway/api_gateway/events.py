@@ -31,6 +31,8 @@ class Kind(StrEnum):
     COORDINATOR_CREATED = "coordinator.created"
     CERTIFICATES_RENEWED = "certificate.renewed"
     CERTIFICATE_ENDS = "certificate.ends"
+    TUNNEL_OPENED = "tunnel.opened"
+    TUNNEL_LOST = "tunnel.lost"
     ACCOUNT_CREATED = "account.created"
     ACCOUNT_DISABLED = "account.disabled"
     ACCOUNT_PASSWORD = "account.password-set"  # noqa: S105

@@ -58,7 +58,8 @@ def call_of(request: Request) -> Call:
     """The exchange as the services see it."""
     gateway = gateway_of(request)
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    return Call(gateway, token.strip() if scheme.lower() == "bearer" else None, source_of(request, gateway))
+    bearer = token.strip() if scheme.lower() == "bearer" else None
+    return Call(gateway, bearer, source_of(request, gateway), request.headers.get("Host", ""))
 
 
 def source_of(request: Request, gateway: Gateway) -> str:

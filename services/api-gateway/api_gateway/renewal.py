@@ -13,11 +13,12 @@ from datetime import datetime, timedelta
 
 import structlog
 from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
 
 from api_gateway.events import Kind
 from api_gateway.handouts import hand_out
 from api_gateway.models import Event
-from api_gateway.state import State, locked, open_state, own_certificate
+from api_gateway.state import State, Tunnel, locked, open_state, own_certificate, read_tunnel
 from api_gateway.work import Gateway
 from medhive.errors import MedHiveError
 
@@ -82,7 +83,26 @@ class Renewal:
             log.info("certificate.renewed", certificates=state.made)
             with gateway.system_write() as work:
                 work.record(Kind.CERTIFICATES_RENEWED, "coordinator", certificates=list(state.made))
+        self._announce_tunnel(state.tunnel)
         self._announce()
+
+    def follow_tunnel(self) -> None:
+        """Look at once when the tunnel has moved: the proxy's certificate needs its name, hospitals its address."""
+        if read_tunnel(self._gateway.settings) != self._gateway.state.tunnel:
+            self.look()
+
+    def _announce_tunnel(self, tunnel: Tunnel | None) -> None:
+        """Say that it was opened, moved or lost, once, whoever of several gateways sees it first."""
+        with self._gateway.database.read() as session:
+            if _tunnel_said(session) == (tunnel.address if tunnel else None):
+                return
+        with self._gateway.system_write() as work:
+            said = _tunnel_said(work.session)
+            if tunnel is None and said is not None:
+                work.record(Kind.TUNNEL_LOST, f"tunnel {said}")
+            elif tunnel is not None and tunnel.address != said:
+                work.record(Kind.TUNNEL_OPENED, f"tunnel {tunnel.address}", address_trust=self._gateway.address_trust)
+                log.info("tunnel.opened", address=tunnel.address)
 
     def _show(self, state: State) -> None:
         pair = self._pair(state)
@@ -108,3 +128,10 @@ class Renewal:
 
 def _said(ending: Ending) -> Select[int]:
     return select(Event.number).where(Event.kind == Kind.CERTIFICATE_ENDS, Event.subject == ending.subject)
+
+
+def _tunnel_said(session: Session) -> str | None:
+    """The address that the log says is open."""
+    query = select(Event.kind, Event.subject).where(Event.kind.in_((Kind.TUNNEL_OPENED, Kind.TUNNEL_LOST)))
+    row = session.execute(query.order_by(Event.number.desc()).limit(1)).first()
+    return row.subject.removeprefix("tunnel ") if row and row.kind == Kind.TUNNEL_OPENED else None

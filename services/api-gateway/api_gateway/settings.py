@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     certificate_days: float = Field(397, gt=0, le=825)
     # How often is looked whether one is due, and whether an own one has changed.
     renewal_look_s: float = Field(60.0, gt=0, le=86400)
+    # Where the tunnel service (`medhive-gateway tunnel`) writes which address it has.
+    tunnel_file: Path | None = None
     # The certificate that the proxy shows when it is not MedHive's own: hospitals then trust public roots at that address.
     own_cert_file: Path | None = None
     # Only asked for its health.
@@ -59,7 +61,7 @@ class Settings(BaseSettings):
     body_window_s: float = Field(30.0, gt=0, le=600)
     body_window_bytes: int = Field(8 * 1024, gt=0, le=1024 * 1024)
 
-    @field_validator("own_cert_file", mode="before")
+    @field_validator("own_cert_file", "tunnel_file", mode="before")
     @classmethod
     def _given(cls, value: object) -> object:
         return value or None  # compose sets what is not wanted to nothing

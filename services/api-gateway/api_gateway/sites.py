@@ -38,6 +38,7 @@ from medhive.wire import (
     SiteAnswer,
     SiteTokenProof,
     TokenAnswer,
+    TunnelAnswer,
 )
 
 CLOCK_TOLERANCE = timedelta(minutes=5)  # of a signed statement's age: clocks are off, but a statement is used at once
@@ -46,12 +47,12 @@ REFUSED_PER_SOURCE = 20  # joins in a window, before an address has to wait
 REPORTED_PER_SOURCE = 10  # refused joins in a window that become events
 
 
-def coordinator(gateway: Gateway, nonce: str = "") -> CoordinatorAnswer:
+def coordinator(gateway: Gateway, nonce: str = "", host: str = "") -> CoordinatorAnswer:
     """Who this is, for everybody; signed over the asker's nonce."""
     body = IntroductionBody(
         authorities=gateway.state.authorities,
         address_trust=gateway.address_trust,
-        fleet_address=gateway.fleet_address,
+        fleet_address=gateway.fleet_address(host),
         nonce=nonce,
         issued_at=gateway.clock(),
     )
@@ -68,6 +69,12 @@ def coordinator(gateway: Gateway, nonce: str = "") -> CoordinatorAnswer:
         successions=gateway.state.successions,
         sealing_key=sign(SealingKeyBody(public_key=gateway.state.sealing_key.public), gateway.key),
     )
+
+
+def tunnel(gateway: Gateway) -> TunnelAnswer:
+    """The tunnel that is open now."""
+    found = gateway.state.tunnel
+    return TunnelAnswer(address=found.address if found else None, address_trust=gateway.address_trust)
 
 
 # ---- invites -------------------------------------------------------------------------------------------------------
@@ -196,7 +203,7 @@ def _admit(work: Work, body: Join) -> JoinAnswer:
     return JoinAnswer(
         site=site.name,
         coordinator=coordinator(work.gateway),
-        fleet_address=work.gateway.fleet_address,
+        fleet_address=work.gateway.fleet_address(),
         token=token,
     )
 

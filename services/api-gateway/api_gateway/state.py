@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from pydantic import BaseModel, ConfigDict, Field
 
 from api_gateway.settings import PREFIX, Settings
 from api_gateway.tls import Authority, load_certificate
@@ -23,11 +24,42 @@ from medhive.sealing import SealingKey
 from medhive.signing import SigningKey, write_secret
 from medhive.wire import AddressTrust, Succession
 
+MAX_TUNNEL_BYTES = 4096  # an address
 TOKEN_BYTES = 32  # of every random secret: beyond guessing
 
 # Certificates, and the name by which each one's service is reached inside a deployment; besides localhost.
 LEAVES = {"server": "gateway", "proxy": "proxy", "superlink": "fl-server", "mlflow": "mlflow"}
 PUBLIC_LEAVES = ("server", "proxy")  # the others are reached from inside alone
+
+
+class Tunnel(BaseModel):
+    """What the tunnel service says of itself: the address that hospitals use, and whether TLS ends at somebody else's."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    address: str = Field(pattern=r"^https://[a-z0-9.-]{1,253}(:[0-9]{1,5})?$")
+    ends_tls: bool
+
+    @property
+    def host(self) -> str:
+        """Its host name."""
+        return self.address.removeprefix("https://").partition(":")[0]
+
+    @property
+    def authority(self) -> str:
+        """HOST:PORT."""
+        rest = self.address.removeprefix("https://")
+        return rest if ":" in rest else f"{rest}:443"
+
+
+def read_tunnel(settings: Settings) -> Tunnel | None:
+    """The tunnel that is open now; None without one."""
+    if settings.tunnel_file is None:
+        return None
+    try:
+        with settings.tunnel_file.open("rb") as file:
+            return Tunnel.model_validate_json(file.read(MAX_TUNNEL_BYTES))
+    except (OSError, ValueError):  # no tunnel service, none open, or nothing that it wrote
+        return None
 
 
 @dataclass(frozen=True)
@@ -41,6 +73,7 @@ class State:
     sealing_key: SealingKey
     successions: tuple[Succession, ...] = ()
     address_trust: AddressTrust = AddressTrust.PINNED
+    tunnel: Tunnel | None = None
     # The certificates that were made just now.
     made: tuple[str, ...] = ()
 
@@ -97,8 +130,12 @@ def open_state(settings: Settings, folder: Path) -> State:
     now = datetime.datetime.now(datetime.UTC)
     validity = datetime.timedelta(days=settings.certificate_days)
     made = []
+    tunnel = read_tunnel(settings)
+    # Through a tunnel that passes TLS on, hospitals see the proxy's certificate under the tunnel's name.
+    passed_on = (tunnel.host,) if tunnel and not tunnel.ends_tls else ()
     for leaf, own_name in LEAVES.items():
         names = (own_name, *(settings.public_names if leaf in PUBLIC_LEAVES else ()))
+        names += passed_on if leaf == "proxy" else ()
         if authority.ensure_leaf(tls, leaf, names, now, validity):
             made.append(leaf)
     token = _ensure_secret(folder / "secrets" / "server-token")
@@ -108,12 +145,15 @@ def open_state(settings: Settings, folder: Path) -> State:
         _coordinator_key(folder),
         hashlib.sha256(token.encode()).hexdigest(),
         SealingKey.load_or_make(folder / "secrets" / "sealing.key"),
-        address_trust=_address_trust(settings, authority),
+        address_trust=_address_trust(settings, authority, tunnel),
+        tunnel=tunnel,
         made=tuple(made),
     )
 
 
-def _address_trust(settings: Settings, authority: Authority) -> AddressTrust:
+def _address_trust(settings: Settings, authority: Authority, tunnel: Tunnel | None) -> AddressTrust:
+    if tunnel is not None and tunnel.ends_tls:
+        return AddressTrust.TUNNEL
     own = own_certificate(settings)
     return AddressTrust.PINNED if own is None or authority.issued(own) else AddressTrust.PUBLIC
 

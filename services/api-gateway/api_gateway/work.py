@@ -97,10 +97,10 @@ class Gateway:
         """Who ends TLS at the public address."""
         return self.state.address_trust
 
-    @property
-    def fleet_address(self) -> str:
-        """HOST:PORT at which hospitals reach Flower."""
-        return self.settings.fleet_address
+    def fleet_address(self, host: str = "") -> str:
+        """HOST:PORT at which a hospital reaches Flower that has come to this host: the proxy serves both at one place."""
+        tunnel = self.state.tunnel
+        return tunnel.authority if tunnel and host.partition(":")[0] == tunnel.host else self.settings.fleet_address
 
     @contextmanager
     def system_write(self) -> Iterator["Work"]:
@@ -244,6 +244,7 @@ class Call:
     gateway: Gateway
     token: str | None
     source: str
+    host: str = ""
 
     @contextmanager
     def read(self, *roles: Role) -> Iterator[Work]:

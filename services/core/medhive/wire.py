@@ -133,6 +133,13 @@ class CoordinatorAnswer(Answer):
     sealing_key: Signed[SealingKeyBody] | None = None
 
 
+class TunnelAnswer(Answer):
+    """GET /tunnel: the public address of the tunnel, none without one."""
+
+    address: str | None = None
+    address_trust: AddressTrust
+
+
 # ---- sites ---------------------------------------------------------------------------------------------------------
 
 

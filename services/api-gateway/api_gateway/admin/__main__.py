@@ -12,6 +12,7 @@ COMMANDS: Final = {
     "accounts": (f"{_HERE}.identity:accounts", "People's accounts: list, add, remove, password, revoke-tokens."),
     "invite": (f"{_HERE}.sites:invite", "Make a one-time invite for a hospital; list or delete invites."),
     "sites": (f"{_HERE}.sites:sites", "List the hospitals, or show one."),
+    "tunnel": (f"{_HERE}.sites:tunnel", "Show the tunnel's public address, for SERVER_ADDRESS at hospitals."),
     "revoke": (f"{_HERE}.sites:revoke", "Shut a hospital out, at once and for good."),
     "studies": (f"{_HERE}.studies:studies", "Studies: list, show, create, members."),
     "request": (f"{_HERE}.runs:request", "Ask for a training run of a study."),

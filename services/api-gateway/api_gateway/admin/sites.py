@@ -8,7 +8,7 @@ import click
 from api_gateway.admin.session import connect
 from medhive.terminal import Command, Terminal, build, moment, pass_terminal
 from medhive.views import sites_table
-from medhive.wire import API, InviteAnswer, NewInvite, Reason, SiteAnswer
+from medhive.wire import API, AddressTrust, InviteAnswer, NewInvite, Reason, SiteAnswer, TunnelAnswer
 
 HOUR_S = 3600.0
 
@@ -120,6 +120,25 @@ def _show_site(terminal: Terminal, site: SiteAnswer) -> None:
             ("address", site.source_address),
             ("consent key", site.consent_key_id),
         ]
+    )
+
+
+@click.command(cls=Command)
+@pass_terminal
+def tunnel(terminal: Terminal) -> None:
+    """Show the tunnel's public address, which hospitals take as SERVER_ADDRESS; any invite serves with it."""
+    with connect() as client:
+        found = TunnelAnswer.model_validate(client.get(f"{API}/tunnel"))
+    ends = (
+        "ngrok, which reads what passes" if found.address_trust is AddressTrust.TUNNEL else "this coordinator's proxy"
+    )
+    terminal.result(
+        found,
+        lambda: (
+            terminal.fields([("address", found.address), ("TLS ends at", ends)])
+            if found.address
+            else terminal.line("No tunnel is open.")
+        ),
     )
 
 

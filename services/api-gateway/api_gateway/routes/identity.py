@@ -7,10 +7,10 @@ from pydantic import Field
 
 from api_gateway import accounts, auth, sites
 from api_gateway.http import CallDep, StrictRoute
-from api_gateway.work import ANYBODY, PEOPLE_AND_SITES
+from api_gateway.work import ANYBODY, PEOPLE_AND_SITES, READERS
 from medhive.spec import Frozen, Name
 from medhive.states import Role
-from medhive.wire import AccountAnswer, CoordinatorAnswer, Login, NewAccount, TokenAnswer
+from medhive.wire import AccountAnswer, CoordinatorAnswer, Login, NewAccount, TokenAnswer, TunnelAnswer
 
 router = APIRouter(tags=["identity"], route_class=StrictRoute)
 Username = Annotated[Name, Path()]
@@ -25,7 +25,14 @@ class NewPassword(Frozen):
 @router.get("/coordinator")
 def coordinator(call: CallDep, nonce: Annotated[str, Query(pattern=r"^[0-9a-f]{0,64}$")] = "") -> CoordinatorAnswer:
     """Name, versions, key, CAs; signed over the nonce; open to everybody."""
-    return sites.coordinator(call.gateway, nonce)
+    return sites.coordinator(call.gateway, nonce, call.host)
+
+
+@router.get("/tunnel")
+def tunnel(call: CallDep) -> TunnelAnswer:
+    """The tunnel's public address; admins and analysts."""
+    with call.read(*READERS) as work:
+        return sites.tunnel(work.gateway)
 
 
 @router.post("/login")
