@@ -16,6 +16,7 @@ SITES ?= 3
 ROUNDS ?= 3
 REPORT ?=
 KEEP ?=
+FILE ?=
 DIR ?= images
 
 # Nothing that runs here reports home.
@@ -23,7 +24,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test test-containers images images-save up down logs lint types imports fmt bench clean
+.PHONY: help setup demo test test-containers images images-save up down logs backup restore lint types imports fmt bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -72,6 +73,12 @@ down: ## Stop the coordinator's containers; all that they know is kept
 logs: ## Follow the coordinator's logs
 	docker compose logs --follow
 
+backup: ## Write all that the coordinator's containers know to one file: FILE=...
+	@deploy/backup.sh create "$(or $(FILE),medhive-$(shell date +%Y%m%d-%H%M%S).backup)"
+
+restore: ## Put a backup into a coordinator that has nothing yet: FILE=...
+	@deploy/backup.sh restore "$(FILE)"
+
 lint: $(STAMP) imports ## Check style and import rules
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -81,7 +88,7 @@ imports: $(STAMP) ## Check that the services keep apart
 
 types: $(STAMP) ## Check types
 	$(BIN)/mypy services/core/medhive services/api-gateway/api_gateway services/fl-server/fl_server \
-		services/fl-client/fl_client deploy/demo
+		services/fl-client/fl_client deploy/demo deploy/backup.py
 
 fmt: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -284,3 +284,27 @@ def test_every_service_stops_within_five_seconds(compose: Compose) -> None:
         state = json.loads(run("docker", "inspect", container))[0]["State"]
         assert state["ExitCode"] == 0, f"{service} had to be killed"
     compose.up()
+
+
+def test_a_backup_goes_on_in_an_empty_coordinator_with_the_same_hospitals(compose: Compose, tmp_path: Path) -> None:
+    """Everything of the coordinator is destroyed; hospitals keep what they have, and meet the one that they knew."""
+    file = tmp_path / "coordinator.backup"
+    before = compose.admin_json("models", STUDY)
+    compose.make("backup", f"FILE={file}")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert "is there already" in compose.make("backup", f"FILE={file}", check=False)
+    assert "the coordinator runs" in compose.make("restore", f"FILE={file}", check=False)
+    compose.command("down", "--volumes", "--timeout", "5")
+    damaged = tmp_path / "damaged.backup"
+    damaged.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert "damaged" in compose.make("restore", f"FILE={damaged}", check=False)
+
+    assert "restored" in compose.make("restore", f"FILE={file}")
+    compose.up()
+    assert compose.admin_json("models", STUDY) == before
+    run_id = agree(compose, rounds=1)
+    done = compose.ended(run_id)
+    assert (done["state"], done["reason"]) == ("completed", "")
+    assert [len(item["sites"]) for item in done["rounds_done"] if item["number"]] == [3]
+    assert compose.admin_json("audit", "verify")["right"]

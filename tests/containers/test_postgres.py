@@ -1,6 +1,7 @@
-"""Gateway and MLflow on PostgreSQL in containers: one stack, one hospital."""
+"""Gateway and MLflow on PostgreSQL in containers, and their backup: one stack, one hospital."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from compose import BUILD_DEADLINE_S, DEADLINE_S, Compose, run
@@ -100,3 +101,17 @@ def test_each_service_has_its_own_login_over_tls_alone(compose: Compose) -> None
     logs = compose.command("logs", "--no-color")
     assert password not in logs
     assert password not in run("docker", "inspect", compose.container("gateway"), compose.container("postgres"))
+
+
+def test_a_backup_goes_on_in_an_empty_coordinator(compose: Compose, tmp_path: Path) -> None:
+    file = tmp_path / "coordinator.backup"
+    before = compose.admin_json("models", STUDY)
+    compose.command("stop")
+    compose.make("backup", f"FILE={file}")
+    compose.command("down", "--volumes", "--timeout", "5")
+    compose.make("restore", f"FILE={file}")
+    compose.up()
+    assert compose.admin_json("models", STUDY) == before
+    run_id = one_run(compose)
+    wait_until(lambda: tracked(compose, run_id), f"{run_id} in MLflow's tables", DEADLINE_S)
+    assert compose.admin_json("audit", "verify")["right"]

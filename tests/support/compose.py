@@ -71,6 +71,15 @@ class Compose:
         named = {"COMPOSE_PROJECT_NAME": self.name, "COMPOSE_FILE": os.pathsep.join(self.files)}
         return {**named, "PUBLIC_NAME": HOST, "PORT": str(self.port), "MLFLOW_PORT": str(self.mlflow_port)}
 
+    def make(self, *words: str, check: bool = True) -> str:
+        """`make ...`; returns all that it printed."""
+        done = subprocess.run(
+            ["make", "--no-print-directory", *words], cwd=ROOT, env={**os.environ, **self.environment},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+        assert (done.returncode == 0) == check, done.stdout
+        return done.stdout
+
     def container(self, service: str) -> str:
         """The id of a service's container."""
         return self.command("ps", "--all", "--quiet", service).strip()
