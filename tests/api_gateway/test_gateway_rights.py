@@ -21,6 +21,7 @@ DIGEST = "a" * 64
 # permit it (409) or that another's signature is needed (403 bad-signature); who is not, gets 401, 403 or 404.
 TABLE = [
     ("GET", "/coordinator", OPEN),
+    ("GET", "/tunnel", READERS),
     ("POST", "/login", OPEN),
     ("POST", "/join", OPEN),
     ("POST", "/site-token", OPEN),

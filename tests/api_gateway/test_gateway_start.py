@@ -56,7 +56,7 @@ def test_a_second_start_makes_nothing_new(tmp_path: Path) -> None:
     with running_gateway(tmp_path / "state") as gateway:
         kept = {path: path.read_bytes() for path in (tmp_path / "state").rglob("*.key")}
         password = gateway.password
-        assert password and len(kept) == 6
+        assert password and len(kept) == 7
         assert gateway.stop() == 0
         gateway.password = None
         gateway.start()

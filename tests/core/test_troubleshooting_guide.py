@@ -20,8 +20,8 @@ PROGRAMS = ("medhive-site", "medhive-admin")
 
 @cache
 def printed() -> tuple[str, ...]:
-    """Every text in the services' sources, with a gap for each value that is filled in."""
-    files = sorted((ROOT / "services").rglob("*.py"))
+    """Every text in the programs' sources, with a gap for each value that is filled in."""
+    files = sorted(path for folder in ("services", "deploy") for path in (ROOT / folder).rglob("*.py"))
     return tuple(text for path in files for text in texts_of(ast.parse(path.read_text("utf-8"))))
 
 
