@@ -1,8 +1,7 @@
-"""How the tests share the workers: who runs with whom, what begins first, and when what a folder shares ends.
+"""In which order the tests run, and when what a folder shares ends.
 
-A folder in `TOGETHER` has processes of its own for all its tests, so one worker runs all of it; elsewhere one worker runs
-a file. The long ones begin first, so that no worker is left with one of them at the end. A whole coordinator with its
-hospitals costs processor time even when nothing happens; so it ends with the last test that needs it, not with the session.
+The long ones begin first, so that no worker is left with one of them at the end. A whole coordinator with its hospitals
+costs processor time even when nothing happens; so it ends with the last test that needs it, not with the session.
 """
 
 from collections import defaultdict
@@ -13,8 +12,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TOGETHER = ("faults", "integration")
-FIRST = (*TOGETHER, "fl_server", "fl_client")
+FIRST = ("faults", "integration", "fl_server", "fl_client")
 SHARED = pytest.StashKey[dict[str, ExitStack]]()
 
 
@@ -23,12 +21,7 @@ def folder_of(item: pytest.Item) -> str:
     return item.path.relative_to(HERE).parts[0]
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers read the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        folder = folder_of(item)
-        group = folder if folder in TOGETHER else str(item.path.relative_to(HERE))
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: (*FIRST, folder_of(item)).index(folder_of(item)))
 
 
@@ -43,6 +36,7 @@ def shared(request: pytest.FixtureRequest) -> Iterator[dict[str, ExitStack]]:
 
 @pytest.hookimpl(trylast=True)  # after the tests' own fixtures, which may still use what is shared
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    # Each worker goes through the folders in one order, so that it never comes back to one.
     stacks, folder = item.session.stash.get(SHARED, {}), folder_of(item)
     if folder in stacks and nextitem is not None and folder_of(nextitem) != folder:
         stacks.pop(folder).close()
