@@ -46,11 +46,11 @@ demo: $(STAMP) ## Run the main job on this machine: DATA= TEST= SITES=3 ROUNDS=3
 	$(BIN)/python deploy/demo/demo.py --sites $(SITES) --rounds $(ROUNDS) $(if $(DATA),--data "$(DATA)") \
 		$(if $(TEST),--test "$(TEST)") $(if $(REPORT),--report "$(REPORT)") $(if $(KEEP),--keep)
 
-# Two files at a time: most tests wait for processes, so that two cores are busy with two.
+# Two at a time: most tests wait for processes, so that two cores are busy with two. Who gets what: tests/conftest.py.
 WORKERS ?= 2
 
 test: $(STAMP) ## Run every test that needs no container engine
-	$(BIN)/pytest -q --durations=15 --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/containers
+	$(BIN)/pytest -q --durations=15 --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder --ignore tests/containers
 
 # Any engine that answers; or ENGINE=<program>, which brings one up with `start` and prints with `env` where it is.
 test-containers: export MEDHIVE_NEEDS_ENGINE := 1

@@ -1,7 +1,8 @@
 """In which order the tests run, and when what a folder shares ends.
 
 The long ones begin first, so that no worker is left with one of them at the end. A whole coordinator with its hospitals
-costs processor time even when nothing happens; so it ends with the last test that needs it, not with the session.
+takes more than a minute of two cores to start, and processor time even when nothing happens; so the files that share one run
+on one worker, and it ends with the last test that needs it, not with the session.
 """
 
 from collections import defaultdict
@@ -10,10 +11,30 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 HERE = Path(__file__).parent
 FIRST = ("faults", "integration", "fl_server", "fl_client")
+# Files that share a coordinator, by its fixture; any other file goes to a worker by itself.
+TOGETHER = {
+    "faults": "world of faults",
+    "integration/test_forged_contributions.py": "world",
+    "integration/test_two_runs_at_once.py": "world",
+    "integration": "whole",
+}
 SHARED = pytest.StashKey[dict[str, ExitStack]]()
+
+
+class ByWorld(LoadScopeScheduling):
+    """Hands out files, and those that share a coordinator together. (xdist's own groups do nothing under pytest 9.2.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", maxsplit=1)[0].removeprefix("tests/")
+        return TOGETHER.get(file) or TOGETHER.get(file.split("/")[0]) or file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByWorld:
+    return ByWorld(config, log)
 
 
 def folder_of(item: pytest.Item) -> str:
