@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := services/core services/api-gateway services/fl-server services/fl-client
+PACKAGES := services/core services/api-gateway services/fl-server services/fl-client services/simulator
 SOURCES := services tests bench deploy
 
 DATA ?=
@@ -88,7 +88,7 @@ imports: $(STAMP) ## Check that the services keep apart
 
 types: $(STAMP) ## Check types
 	$(BIN)/mypy services/core/medhive services/api-gateway/api_gateway services/fl-server/fl_server \
-		services/fl-client/fl_client deploy/demo deploy/backup.py
+		services/fl-client/fl_client services/simulator/simulator deploy/demo deploy/backup.py
 
 fmt: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix $(SOURCES)

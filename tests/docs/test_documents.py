@@ -21,8 +21,6 @@ import click
 import pytest
 from pydantic import AliasChoices
 
-from medhive.terminal import Program
-
 ROOT: Final = Path(__file__).parents[2]
 DOCUMENTS: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGURATION: Final = ROOT / "docs" / "configuration.md"
@@ -33,6 +31,7 @@ MAX_ARCHITECTURE_WORDS: Final = 1100
 CLICK_PROGRAMS: Final = {
     "medhive-admin": "api_gateway.admin.__main__",
     "medhive-site": "fl_client.__main__",
+    "medhive-simulate": "simulator.__main__",
 }
 ARGPARSE_PROGRAMS: Final = {"medhive-gateway": "api_gateway.__main__", "medhive-server": "fl_server.__main__"}
 PROGRAMS: Final = (*CLICK_PROGRAMS, *ARGPARSE_PROGRAMS)
@@ -143,9 +142,9 @@ def help_of(program: str, *path: str) -> str:
     return out.getvalue()
 
 
-def click_program(name: str) -> Program:
+def click_program(name: str) -> click.Command:
     program = import_module(CLICK_PROGRAMS[name]).program
-    assert isinstance(program, Program)
+    assert isinstance(program, click.Command)
     return program
 
 
@@ -245,6 +244,7 @@ def test_every_command_that_the_documents_show_exists() -> None:
         "medhive-admin approve REQ_1 --splines",
         "hospital-a $ medhive-site accept 1 2 3",
         "CLIENT_ID=a medhive-site predict --splines DATA",
+        "medhive-simulate --splines",
         "medhive-gateway reticulate",
         "medhive-server serve --splines",
         "sudo medhive-gateway --splines",

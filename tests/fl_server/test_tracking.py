@@ -11,7 +11,7 @@ from coordinator_stack import CLASSES, CoordinatorStack, coordinator
 from flower_stack import until
 
 from fl_server.figures import draw_confusion, draw_curves
-from fl_server.tracking import MAX_SITE_CURVES, NOTE, Progress, Value, _panels, round_values
+from fl_server.tracking import MAX_SITE_CURVES, NOTE, Progress, Value, panels_of, round_values
 from medhive.states import RoundState
 from medhive.wire import API, RoundAnswer, SiteRound
 
@@ -170,5 +170,5 @@ def test_the_sites_curves_are_named_after_the_sites_until_there_are_too_many() -
         of_sites = [Value(f"site/s{number}/val_accuracy", 0.5, AT, 1) for number in range(count)]
         return [Value("val_accuracy", 0.5, AT, 1), Value("site/s0/val_loss", 0.5, AT, 1), *of_sites]
 
-    assert [list(curves) for curves in _panels(values(2)).values()] == [["val_accuracy"], ["s0", "s1"]]
-    assert list(_panels(values(MAX_SITE_CURVES + 1))) == ["accuracy"]
+    assert [list(curves) for curves in panels_of(values(2)).values()] == [["val_accuracy"], ["s0", "s1"]]
+    assert list(panels_of(values(MAX_SITE_CURVES + 1))) == ["accuracy"]

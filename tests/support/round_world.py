@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from fl_server.collect import Watch
 from fl_server.flower import NodeUnknown, Reply, ReplyError
+from fl_server.hospitals import Hospitals
 from fl_server.rounds import RunLoop
 from medhive.consent import Consent, ConsentBody
 from medhive.envelope import Contribution, ContributionBody, Task, TaskBody, TaskType, from_bytes, to_bytes
@@ -339,13 +341,12 @@ class World:
 
     def run(self) -> RunEnd:
         """One life of the process of the run."""
-        return RunLoop(
-            desk=self.desk,
-            exchange=self.exchange,
-            key=self.desk.coordinator,
-            folder=self.folder / "runs" / "RUN_1",
-            clock=self.clock,
-        ).run()
+        watch = Watch(self.desk.look, self.clock)
+        hospitals = Hospitals(
+            desk=self.desk, exchange=self.exchange, key=self.desk.coordinator, watch=watch, clock=self.clock
+        )
+        folder = self.folder / "runs" / "RUN_1"
+        return RunLoop(desk=self.desk, sites=hospitals, watch=watch, folder=folder, clock=self.clock).run()
 
     def dropped(self, round_number: int) -> dict[str, str]:
         """Who was dropped from a round, and why."""

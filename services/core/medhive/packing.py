@@ -219,10 +219,16 @@ class FlatWriter:
     takes the name only when the context ends without an error and after everything reached the disk. `digest` is
     then the file's SHA-256. Raises `NoSpace` when the disk is full, `WrongLayout` when too few or too many elements
     came.
+
+    A file that nobody else is told of, and that is made again after a crash, is written without `durable`: it is not
+    waited for, and has no digest.
     """
 
-    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None, *, durable: bool = True
+    ) -> None:
         self.path = path
+        self._durable = durable
         self.digest = ""
         self._layout = layout
         self._header = header_bytes(layout, metadata or {})
@@ -260,18 +266,21 @@ class FlatWriter:
     def _put(self, data: bytes | memoryview) -> None:
         with _disk_errors(self.path):
             self._file.write(data)
-        self._hash.update(data)
+        if self._durable:
+            self._hash.update(data)
 
     def _commit(self) -> None:
         if self._written != self._layout.size:
             raise self._wrong_count()
         with _disk_errors(self.path):
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if self._durable:
+                os.fsync(self._file.fileno())
             self._file.close()
             self._temporary.replace(self.path)
-            sync_folder(self.path.parent)
-        self.digest = self._hash.hexdigest()
+            if self._durable:
+                sync_folder(self.path.parent)
+                self.digest = self._hash.hexdigest()
 
     def _discard(self) -> None:
         # What could not be flushed is thrown away with the file; the first error is the one to report.
@@ -287,8 +296,14 @@ class FlatWriter:
         )
 
 
-def write_weights(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> str:
-    """Pack float32 arrays into `path`, atomically; returns the file's SHA-256 (hex).
+def write_weights(
+    path: Path,
+    arrays: Mapping[str, NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    durable: bool = True,
+) -> str:
+    """Pack float32 arrays into `path`, atomically; returns the file's SHA-256 (hex), or nothing where it is not `durable`.
 
     Raises `NotPackable` for another type than float32 (convert it where its meaning is known), for names, shapes or
     metadata outside the limits, and `NoSpace` when the disk is full.
@@ -297,15 +312,20 @@ def write_weights(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapp
         if array.dtype != np.float32:
             raise NotPackable(f"Tensor {name!r} is {array.dtype}; convert it to float32 before packing.", tensor=name)
     layout = Layout.of_arrays(arrays)
-    return write_flat(path, layout, (arrays[name] for name in layout.names), metadata)
+    return write_flat(path, layout, (arrays[name] for name in layout.names), metadata, durable=durable)
 
 
 def write_flat(
-    path: Path, layout: Layout, flat: Flat | Iterable[Flat], metadata: Mapping[str, str] | None = None
+    path: Path,
+    layout: Layout,
+    flat: Flat | Iterable[Flat],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    durable: bool = True,
 ) -> str:
-    """Write a flat vector, whole or in consecutive blocks, as `path`, atomically; returns the file's SHA-256 (hex)."""
+    """Write a flat vector, whole or in consecutive blocks, as `path`; otherwise as `write_weights`."""
     blocks = (flat,) if isinstance(flat, np.ndarray) else flat
-    with FlatWriter(path, layout, metadata) as writer:
+    with FlatWriter(path, layout, metadata, durable=durable) as writer:
         for block in blocks:
             writer.append(block)
     return writer.digest

@@ -133,6 +133,11 @@ class RunOptions(Frozen):
     def _lower(cls, value: str) -> str:
         return value.lower()
 
+    @property
+    def local_mu(self) -> float:
+        """The pull to the global weights that sites train with: only FedProx has one."""
+        return self.mu if self.strategy == "fedprox" else 0.0
+
 
 class RunSpec(Frozen):
     """The canonical description of a run; its SHA-256 is what hospitals consent to."""

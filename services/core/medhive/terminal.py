@@ -397,8 +397,8 @@ class Program(Group):
 pass_terminal = click.make_pass_decorator(Terminal)
 
 
-def main(program: Program, arguments: Sequence[str] | None = None) -> int:
-    """Run a program and return its exit code."""
+def main(program: click.Command, arguments: Sequence[str] | None = None) -> int:
+    """Run a program, of many commands or of one, and return its exit code."""
     try:
         code = program.main(args=arguments, prog_name=program.name, standalone_mode=False)
     except click.UsageError as error:
@@ -481,6 +481,18 @@ def pairs(values: Iterable[str], flag: str) -> dict[str, str]:
         if not separator or not name:
             raise click.UsageError(f"{flag} takes NAME=VALUE, not {value!r}.")
         found[name] = text
+    return found
+
+
+def values(words: Iterable[str], flag: str) -> dict[str, Any]:
+    """NAME=VALUE words as a mapping; a value that reads as a JSON number, boolean or object is one. Raises as `pairs`."""
+    found: dict[str, Any] = {}
+    for name, text in pairs(words, flag).items():
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        found[name] = value if isinstance(value, (bool, int, float, dict)) else text
     return found
 
 

@@ -1,10 +1,16 @@
 """`check-data`: what a hospital looks at before anything is sent, and again when it consents."""
 
+import json
 from pathlib import Path
 
 from fl_client.tasks.base import DataReport, LocalOptions, OnProgress, load_task
 from fl_client.tasks.errors import DataFolderMissing
+from medhive.errors import InvalidInput
 from medhive.spec import StudyData
+from medhive.terminal import build
+
+MAX_STUDY_BYTES = 8 * 1024 * 1024
+"""The widest table's description is a tenth of it."""
 
 
 def check_data(
@@ -43,3 +49,17 @@ def study_of_folder(path: Path) -> StudyData:
             f"{path} holds {len(folders)} class folders; at least two are needed, one per class.", folder=str(path)
         )
     return StudyData(classes=tuple(folders))
+
+
+def read_study(path: Path) -> tuple[str, StudyData]:
+    """A study's task and data out of a JSON file, before any coordinator knows of it.
+
+    Raises:
+        InvalidInput: the file cannot be read, or describes no study; the text names what is wrong.
+    """
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(MAX_STUDY_BYTES))
+        return str(value.get("task", "image-folder")), build(StudyData, **value.get("data", value))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InvalidInput(f"Cannot read a study from {path}: {error}.") from error

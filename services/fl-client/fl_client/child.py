@@ -7,7 +7,6 @@ by a long one. It never outlives its parent: the end of its input, and on Linux 
 
 import ctypes
 import json
-import math
 import os
 import queue
 import signal
@@ -18,9 +17,9 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from fl_client.jobs import (
     COMMAND,
@@ -46,22 +45,18 @@ from fl_client.jobs import (
     Start,
     Started,
 )
+from fl_client.local_round import evaluated, local_round, validated
 from fl_client.tasks import (
     EpochProgress,
     Judged,
     LocalOptions,
     RoundPlan,
     Skipped,
-    TrainResult,
     Workspace,
     load_task,
 )
-from fl_client.tasks.errors import NotEnoughExamples
 from medhive.errors import InvalidInput, MedHiveError, NoSpace
 from medhive.packing import read_weights, write_weights
-
-if TYPE_CHECKING:
-    from fl_client.tasks.evaluation import Evaluation
 
 # How long one run trains before the next one has its turn: long against a step, short against a round.
 SLICE_S = 0.25
@@ -83,6 +78,7 @@ MEMORY_WORDS = (
     "failed to map segment",  # the dynamic linker, of a library that no longer fits
 )
 
+Result = TypeVar("Result")
 Steps = Generator[JobEvent | None, None, dict[str, Any]]
 
 
@@ -233,24 +229,24 @@ class Trainer:
         workspace = yield from self._open(job)
         base = read_weights(_base_of(job))
         yield None
-        before = yield from _validated(workspace, base)
         deadline = started + plan.deadline_s if plan.deadline_s else None
-        result = yield from _training(job.id, workspace, base, plan, deadline=deadline)
-        if plan.state_out is not None and result.optimiser_state is not None:
-            _write_durably(plan.state_out, result.optimiser_state)
+        state = plan.state_in.read_bytes() if plan.state_in is not None else None
+        done = yield from _told(job, plan.round, local_round(workspace, base, _round_plan(plan, deadline, state)))
+        if plan.state_out is not None and done.optimiser_state is not None:
+            _write_durably(plan.state_out, done.optimiser_state)
         return {
-            **_pack(_out_of(job), result.weights),
-            "examples": result.examples,
-            "metrics": {**before["metrics"], **result.metrics},
-            "confusion": before["confusion"],
+            **_pack(_out_of(job), done.weights),
+            "examples": done.examples,
+            "metrics": done.metrics,
+            "confusion": done.confusion,
             "training_s": time.time() - started,
         }
 
     def _evaluate(self, job: Job) -> Steps:
         started = time.time()
         workspace = yield from self._open(job)
-        judged = yield from _validated(workspace, read_weights(_base_of(job)))
-        return {**judged, "training_s": time.time() - started}
+        judged = yield from validated(workspace, read_weights(_base_of(job)))
+        return {**asdict(judged), "training_s": time.time() - started}
 
     def _judge(self, job: Job) -> Steps:
         workspace = yield from self._open(job)
@@ -261,7 +257,7 @@ class Trainer:
             judged[name] = yield from workspace.judge(read_weights(file), job.part)
         evaluations = {}
         for name, item in judged.items():
-            evaluations[name] = _evaluated(workspace, item).to_json()
+            evaluations[name] = evaluated(workspace, item).to_json()
             yield None
         first, *others = judged
         comparisons = {}
@@ -287,8 +283,8 @@ class Trainer:
         weights = workspace.initial_weights(job.source.data.initial_seed)
         state: bytes | None = None
         for number in range(1, plan.rounds + 1):
-            one = plan.model_copy(update={"round": number, "mu": 0.0, "deadline_s": None})
-            result = yield from _training(job.id, workspace, weights, one, state=state)
+            one = replace(_round_plan(plan, None, state), round=number, mu=0.0)
+            result = yield from _told(job, number, workspace.train(weights, one))
             weights, state = result.weights, result.optimiser_state
         return {**_pack(_out_of(job), weights), "fingerprint": workspace.report.fingerprint}
 
@@ -380,18 +376,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _training(
-    job_id: str,
-    workspace: Workspace,
-    weights: Mapping[str, Any],
-    plan: Plan,
-    *,
-    deadline: float | None = None,
-    state: bytes | None = None,
-) -> Generator[JobEvent | None, None, TrainResult]:
-    if plan.state_in is not None:
-        state = plan.state_in.read_bytes()
-    round_plan = RoundPlan(
+def _round_plan(plan: Plan, deadline: float | None, state: bytes | None) -> RoundPlan:
+    return RoundPlan(
         round=plan.round,
         rounds=plan.rounds,
         local_epochs=plan.local_epochs,
@@ -404,48 +390,18 @@ def _training(
         penalty=plan.penalty,
         C=plan.C,
     )
-    training = workspace.train(weights, round_plan)
+
+
+def _told(
+    job: Job, number: int, steps: Generator[EpochProgress | None, None, Result]
+) -> Generator[JobEvent | None, None, Result]:
+    """The same steps, each epoch told to the parent."""
     while True:
         try:
-            progress = next(training)
+            progress = next(steps)
         except StopIteration as end:
-            return cast(TrainResult, end.value)
-        yield _epoch(job_id, plan.round, progress) if progress is not None else None
-
-
-def _epoch(job_id: str, round_number: int, progress: EpochProgress) -> Epoch:
-    return Epoch(id=job_id, round=round_number, **asdict(progress))
-
-
-def _evaluated(workspace: Workspace, judged: Judged) -> "Evaluation":
-    from fl_client.tasks.evaluation import evaluate  # noqa: PLC0415 - came with the task's own libraries
-
-    return evaluate(judged.labels, judged.probabilities, workspace.classes)
-
-
-def _validated(workspace: Workspace, weights: Mapping[str, Any]) -> Steps:
-    """Validation metrics under their names in a contribution; nothing where the site has no validation examples."""
-    try:
-        judged = yield from workspace.judge(weights, "validation")
-    except NotEnoughExamples:
-        return {"metrics": {}, "confusion": [], "examples": 0}
-    evaluation = _evaluated(workspace, judged)
-    own = {f"val_{name}": value for name, value in judged.metrics.items() if math.isfinite(value)}
-    yield None
-    return {
-        "metrics": {**validation_metrics(evaluation), **own},
-        "confusion": [list(row) for row in evaluation.confusion],
-        "examples": evaluation.examples,
-    }
-
-
-def validation_metrics(evaluation: "Evaluation") -> dict[str, float]:
-    """An evaluation's numbers as a round reports them."""
-    metrics = {f"val_{name}": value for name, value in evaluation.metrics().items()}
-    for name, judged in evaluation.per_class.items():
-        if judged.sensitivity is not None:
-            metrics[f"val_recall/{name}"] = judged.sensitivity.value
-    return metrics
+            return cast(Result, end.value)
+        yield Epoch(id=job.id, round=number, **asdict(progress)) if progress is not None else None
 
 
 def _prediction(item: Any) -> dict[str, Any]:

@@ -161,15 +161,18 @@ def _assign(
     return assigned
 
 
-def apportion(count: int, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Whole numbers that sum to `count`, at least one each, near `shares` by largest remainders; count ≥ len(shares)."""
-    free = count - len(shares)
-    exact = np.maximum(shares * count - 1, 0)
+def apportion(count: int, shares: npt.NDArray[np.float64], least: int = 1) -> npt.NDArray[np.int64]:
+    """Whole numbers that sum to `count`, at least `least` each, near `shares` by largest remainders.
+
+    `count` must do for `least` each.
+    """
+    free = count - least * len(shares)
+    exact = np.maximum(shares * count - least, 0)
     exact = exact * (free / exact.sum()) if exact.sum() > 0 else np.full(len(shares), free / len(shares))
     sizes: npt.NDArray[np.int64] = np.floor(exact).astype(np.int64)
     order = np.argsort(-(exact - sizes), kind="stable")
     sizes[order[: free - int(sizes.sum())]] += 1
-    sizes += 1
+    sizes += least
     return sizes
 
 

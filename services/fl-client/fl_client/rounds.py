@@ -21,6 +21,7 @@ from fl_client.activity import ActivityReporter
 from fl_client.events import EpochDone, Listener, RoundDone, RoundFailed, RoundStarted, RunStarted
 from fl_client.flower import Inbound
 from fl_client.jobs import Cancelled, Epoch, Job, JobEvent, JobKind, Opened, Plan, Started
+from fl_client.local_round import newest_state, state_file
 from fl_client.site import Site
 from fl_client.store import Reply
 from fl_client.trainer import Trainer
@@ -269,8 +270,8 @@ class Worker:
     def _tidy(self, folder: Path, order: Order) -> None:
         """Delete what no round can need any more: other weights, sent updates, all optimiser states but the last two."""
         keep = {f"base-{order.task.base_digest}.safetensors", f"base-{order.task.base_digest}.safetensors.part"}
-        keep |= {_state_file(folder, number).name for number in (order.task.round, order.task.round - 1)}
-        newest = _newest_state(folder, order.task.round)
+        keep |= {state_file(folder, number).name for number in (order.task.round, order.task.round - 1)}
+        newest = newest_state(folder, order.task.round)
         if newest is not None:
             keep.add(newest.name)
         for file in folder.iterdir():
@@ -286,25 +287,14 @@ def _plan(order: Order, folder: Path) -> Plan:
         local_epochs=options.local_epochs,
         batch_size=options.batch_size,
         lr=options.lr,
-        mu=options.mu if options.strategy == "fedprox" else 0.0,
+        mu=options.local_mu,
         seed=options.seed,
         penalty=options.penalty,
         C=options.C,
         deadline_s=task.deadline_s,
-        state_in=_newest_state(folder, task.round),
-        state_out=_state_file(folder, task.round),
+        state_in=newest_state(folder, task.round),
+        state_out=state_file(folder, task.round),
     )
-
-
-def _state_file(folder: Path, round_number: int) -> Path:
-    return folder / f"optimiser-{round_number}.safetensors"
-
-
-def _newest_state(folder: Path, before: int) -> Path | None:
-    """The state of the own last round before this one. Bound to its round, so that a resumed round uses the same."""
-    rounds = (int(file.stem.removeprefix("optimiser-")) for file in folder.glob("optimiser-*.safetensors"))
-    newest = max((number for number in rounds if number < before), default=None)
-    return _state_file(folder, newest) if newest is not None else None
 
 
 def _update_name(order: Order) -> str:

@@ -7,16 +7,15 @@ model and one update, and its memory is measured.
 
 import os
 import signal
-import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from types import FrameType
 
 import structlog
 
-from fl_server.collect import Exchange
+from fl_server.collect import Exchange, SystemClock, Watch
 from fl_server.flower import RunStopped
 from fl_server.gateway import GatewayDesk, LeaseLost, RunOver
+from fl_server.hospitals import Hospitals
 from fl_server.logs import log_json
 from fl_server.rounds import RunLoop
 from fl_server.settings import ServerSettings
@@ -31,22 +30,6 @@ TERMINATED = 143
 """The exit code of a process that SIGTERM ended, by the shell's convention."""
 
 
-class SystemClock:
-    """The machine's own time."""
-
-    def now(self) -> datetime:
-        """The wall clock."""
-        return datetime.now(UTC)
-
-    def monotonic(self) -> float:
-        """Seconds that never jump."""
-        return time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-        time.sleep(seconds)
-
-
 def main(exchange: Exchange, config: Mapping[str, object]) -> None:
     """Work through the run that the configuration names.
 
@@ -59,15 +42,14 @@ def main(exchange: Exchange, config: Mapping[str, object]) -> None:
     structlog.contextvars.bind_contextvars(run_id=run_id)
     settings = ServerSettings.load()
     with settings.gateway() as client:
-        desk = GatewayDesk(client, run_id, fence)
+        desk, clock = GatewayDesk(client, run_id, fence), SystemClock()
         try:
-            RunLoop(
-                desk=desk,
-                exchange=exchange,
-                key=settings.coordinator_key(),
-                folder=settings.runs_dir / run_id,
-                clock=SystemClock(),
-            ).run()
+            watch = Watch(desk.look, clock)
+            hospitals = Hospitals(
+                desk=desk, exchange=exchange, key=settings.coordinator_key(), watch=watch, clock=clock
+            )
+            folder = settings.runs_dir / run_id
+            RunLoop(desk=desk, sites=hospitals, watch=watch, folder=folder, clock=clock).run()
         except (LeaseLost, RunOver, RunStopped) as error:
             log.info("run.left", reason=str(error))
         finally:

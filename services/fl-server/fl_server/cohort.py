@@ -33,6 +33,14 @@ class Standing:
     left_out: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Present:
+    """The same by names alone: `sites` that may be asked, in the order of names, and why each other one may not."""
+
+    sites: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+
 def standing(run: RunAnswer, nodes: Mapping[str, int], coordinator_key_id: str, now: datetime) -> Standing:
     """Sort a run's sites into those that may be asked now and those that may not.
 
@@ -85,14 +93,14 @@ NO_CONSENT: Mapping[ConsentState, str] = {
 }
 
 
-def sample(members: Sequence[Member], fraction: float, least: int, seed: int, round_number: int) -> tuple[Member, ...]:
+def sample(sites: Sequence[str], fraction: float, least: int, seed: int, round_number: int) -> tuple[str, ...]:
     """Draw the cohort of one round, in the order of names.
 
-    `fraction` of the members, rounded up, and at least `least` where there are as many. The draw depends on seed, round
-    and the members' names alone, so that a resumed round draws the same.
+    `fraction` of the sites, rounded up, and at least `least` where there are as many. The draw depends on seed, round
+    and the sites' number and names alone, so that a resumed round draws the same.
     """
-    count = min(len(members), max(least, math.ceil(fraction * len(members))))
-    if count == len(members):
-        return tuple(members)
-    drawn = random.Random(f"{seed}/{round_number}").sample(range(len(members)), count)  # noqa: S311 - no secret
-    return tuple(members[place] for place in sorted(drawn))
+    count = min(len(sites), max(least, math.ceil(fraction * len(sites))))
+    if count == len(sites):
+        return tuple(sites)
+    drawn = random.Random(f"{seed}/{round_number}").sample(range(len(sites)), count)  # noqa: S311 - no secret
+    return tuple(sites[place] for place in sorted(drawn))

@@ -10,6 +10,7 @@ is there, is asked again; being asked twice is harmless, for a site trains once 
 """
 
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -110,6 +111,22 @@ class Clock(Protocol):
         """Wait."""
 
 
+class SystemClock:
+    """The machine's own time."""
+
+    def now(self) -> datetime:
+        """The wall clock."""
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        """Seconds that never jump."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+
 class Watch:
     """The run as the gateway shows it, asked at most once in `LOOK_S`; an outage leaves the last view standing."""
 
@@ -164,7 +181,11 @@ class Watch:
 
 @dataclass(frozen=True)
 class Question:
-    """What the sites of a cohort are asked. `needed` is how many must answer; fewer possible ones end the wait."""
+    """What the sites of a cohort are asked.
+
+    `needed` is how many must answer; fewer possible ones end the wait. `base` is the file of the weights to begin from, and
+    `updates` the folder that takes what the sites make of them, where there are any: these two stay here.
+    """
 
     type: TaskType
     run_id: str
@@ -177,6 +198,8 @@ class Question:
     base_digest: str = ""
     base_size_bytes: int = 0
     statistics: Mapping[str, list[float]] = field(default_factory=dict)
+    base: Path | None = None
+    updates: Path | None = None
 
     def to(self, site: str, now: datetime) -> TaskBody:
         """The task for one site."""
@@ -200,16 +223,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """A verified contribution; `path` and `norm` (L2, of its change) where it brought an update."""
+    """What a site said, verified; `path` and `norm` (L2, of its change) where it brought an update."""
 
-    envelope: Contribution
+    body: ContributionBody
     path: Path | None = None
     norm: float = 0.0
-
-    @property
-    def body(self) -> ContributionBody:
-        """What the site said."""
-        return self.envelope.body
 
 
 @dataclass

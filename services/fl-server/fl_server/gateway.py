@@ -74,12 +74,6 @@ class Desk(Protocol):
     def start(self) -> RunAnswer:
         """Take the run from ready to running."""
 
-    def nodes(self) -> Mapping[str, int]:
-        """Each site's registered node."""
-
-    def online(self) -> frozenset[str]:
-        """The sites whose node the SuperLink heard of lately. Raises `Unreachable`."""
-
     def rounds(self) -> list[RoundAnswer]:
         """The rounds reported so far."""
 
@@ -104,6 +98,16 @@ class Desk(Protocol):
     @property
     def fence(self) -> int:
         """The lease's number, which stands in every report."""
+
+
+class NodeDesk(Desk, Protocol):
+    """What there is to know of the hospitals' nodes beside it."""
+
+    def nodes(self) -> Mapping[str, int]:
+        """Each site's registered node."""
+
+    def online(self) -> frozenset[str]:
+        """The sites whose node the SuperLink heard of lately. Raises `Unreachable`."""
 
 
 class GatewayDesk:

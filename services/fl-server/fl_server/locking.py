@@ -19,8 +19,12 @@ class FolderInUse(MedHiveError):
 class FolderLock:
     """Holds a folder as long as the process lives; the operating system lets go of it however the process ends."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, program: str = "medhive-server", instead: str = "set MEDHIVE_SERVER_STATE_DIR"
+    ) -> None:
+        """`program` is who may hold it, and `instead` what to do but stop that one."""
         self._folder = folder
+        self._program, self._instead = program, instead
 
     def __enter__(self) -> Self:
         """Take the folder.
@@ -34,7 +38,7 @@ class FolderLock:
         except OSError as error:
             self._file.close()
             raise FolderInUse(
-                f"Another medhive-server works in {self._folder}; stop it, or set MEDHIVE_SERVER_STATE_DIR.",
+                f"Another {self._program} works in {self._folder}; stop it, or {self._instead}.",
                 folder=str(self._folder),
             ) from error
         return self

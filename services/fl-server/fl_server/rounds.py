@@ -1,28 +1,26 @@
 """The round loop: one run of one specification, from its base weights to the final ones.
 
-The loop talks to four seams (the gateway's desk, the exchange with the nodes, a folder, a clock) and owns the order of
+The loop talks to four seams (the gateway's desk, the sites that it asks, a folder, a clock) and owns the order of
 things: updates stay on disk until their round closes; the sum is taken in the order of the sites' names; the checkpoint is
 on disk before the round is reported. So it does not matter where a crash comes: the loop that is started anew reads the
-checkpoint, takes the verified updates that lie in the open round's folder, and arrives at the same bits.
+checkpoint, takes the verified updates that lie in the open round's folder, and arrives at the same bits. Whether the sites
+are hospitals behind a network (`fl_server.hospitals`) or simulated ones in the same process it does not know.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
-from fl_server.checkpoint import Checkpoint, RunFolder, no_space_named, write_durably
-from fl_server.cohort import Member, sample, standing
+from fl_server.checkpoint import Checkpoint, RunFolder, no_space_named
+from fl_server.cohort import Present, sample
 from fl_server.collect import (
-    Accept,
     Answer,
     Clock,
     Collected,
-    Collector,
-    Exchange,
     Question,
     StopRequested,
     Watch,
@@ -43,16 +41,13 @@ from fl_server.reports import (
     site_rounds,
 )
 from medhive.contribution import check_contribution, norm_outliers
-from medhive.envelope import Contribution, TaskType, check_contribution_envelope, from_bytes, to_bytes
-from medhive.errors import MedHiveError, NotFound, TooLarge
-from medhive.packing import WeightsFile
-from medhive.signing import SigningKey
+from medhive.envelope import ContributionBody, TaskType
+from medhive.errors import MedHiveError
+from medhive.packing import Layout, WeightsFile
 from medhive.states import RoundState, RunState
 from medhive.strategies import AggregateStats, Strategy, StrategyState, Update, make_strategy
 from medhive.wire import Refusal, RoundReport, RunEnd, SiteRound
 
-HEADER_ROOM_BYTES = 1024 * 1024
-"""How much longer an update may be than its base: texts in the header differ, numbers do not."""
 REASON_LENGTH = 500
 """What the gateway takes of a reason."""
 NORM_OUTLIER, OTHER_COLUMNS, OTHER_WEIGHTS = "norm-outlier", "other-columns", "other-initial-weights"
@@ -83,6 +78,41 @@ class UpdateMissing(MedHiveError):
     code = "update-missing"
 
 
+Check = Callable[[ContributionBody, Path | None], Answer]
+"""Makes an answer of what a site said and of the file with its update, or raises why it does not count."""
+Refuse = Callable[[str, str], None]
+"""Told of a contribution that does not count: in which site's name it came, and the error's code."""
+
+
+class Sites(Protocol):
+    """Those whom a run asks, by their names."""
+
+    def present(self) -> Present:
+        """Who may be asked now, in the order of names, and why others may not."""
+
+    def ask(
+        self,
+        question: Question,
+        sites: Sequence[str],
+        check: Check,
+        refuse: Refuse,
+        on_asked: Callable[[], None],
+    ) -> Collected:
+        """Ask some of those present, and return when all have answered or been dropped, or too few can answer any more.
+
+        Args:
+            question: what to ask; says where its base lies, and where updates are put.
+            sites: whom.
+            check: looks at each answer before it counts; what it raises drops the site, except `NoSpace`.
+            refuse: hears of every contribution that does not count.
+            on_asked: done once all are asked, while they work.
+
+        Raises:
+            StopRequested, RunOver, LeaseLost, RunStopped: the run is not to go on here.
+            NoSpace: the disk is full.
+        """
+
+
 @dataclass(frozen=True)
 class _Opened:
     """A round that has begun: `at` on the wall, `since` on the monotonic clock."""
@@ -97,20 +127,19 @@ class RunLoop:
 
     Args:
         desk: the gateway, for this run and lease.
-        exchange: the way to the nodes.
-        key: the coordinator's, signs every task.
+        sites: whom to ask.
+        watch: the run as it stands, for stops.
         folder: the run's own; what a former process left there is used.
         clock: time.
     """
 
-    def __init__(self, *, desk: Desk, exchange: Exchange, key: SigningKey, folder: Path, clock: Clock) -> None:
+    def __init__(self, *, desk: Desk, sites: Sites, watch: Watch, folder: Path, clock: Clock) -> None:
         self._desk = desk
-        self._exchange = exchange
-        self._key = key
+        self._sites = sites
         self._folder = RunFolder(folder)
         self._clock = clock
-        self._watch = Watch(desk.look, clock)
-        self._run = self._watch.run
+        self._watch = watch
+        self._run = watch.run
         self._options = self._run.spec.options
         self._classes = self._run.spec.data.classes
         self._refusals: list[Refusal] = []
@@ -203,9 +232,9 @@ class RunLoop:
 
     def _ask_statistics(self) -> tuple[Collected, Statistics]:
         """The sums over all sites' training rows."""
-        members, left_out = self._cohort(0, "Statistics", everybody=True)
+        sites, left_out = self._cohort(0, "Statistics", everybody=True)
         question = self._question(TaskType.STATISTICS, 0)
-        collected = self._collect(question, members, lambda _, contribution: Answer(contribution))
+        collected = self._ask(question, sites, lambda body, _: Answer(body))
         pooled, wrong = pooled_statistics({site: item.body.statistics for site, item in collected.answers.items()})
         collected = self._without(collected, wrong, 0, OTHER_COLUMNS)
         self._require_enough("Statistics", collected, left_out)
@@ -213,9 +242,9 @@ class RunLoop:
 
     def _ask_initial_weights(self, statistics: Statistics) -> tuple[Collected, str]:
         """The digest that the first site in the order of names made; a site that made another is named."""
-        members, left_out = self._cohort(0, "Initial weights", everybody=True)
+        sites, left_out = self._cohort(0, "Initial weights", everybody=True)
         question = self._question(TaskType.INITIALISE, 0, statistics=statistics)
-        collected = self._collect(question, members, _with_content)
+        collected = self._ask(question, sites, _with_content)
         digests = {site: item.body.content_digest for site, item in collected.answers.items()}
         first = next(iter(digests), "")
         wrong = {
@@ -246,8 +275,8 @@ class RunLoop:
         opened = self._open(number)
         name = f"Round {number} of {self._run.rounds}"
         needed = max(self._options.min_sites, strategy.min_updates)
-        members, left_out = self._cohort(number, name, needed)
-        collected = self._ask_updates(opened, before, members, needed)
+        sites, left_out = self._cohort(number, name, needed)
+        collected = self._ask_updates(opened, before, sites, needed)
         try:
             self._require_enough(name, collected, left_out, needed)
             state, stats = self._aggregate(number, before, strategy, collected)
@@ -265,64 +294,35 @@ class RunLoop:
         self._log.info("round.closed", round=number, **figures, text=line)
         return after
 
-    def _ask_updates(self, opened: _Opened, before: Checkpoint, members: Sequence[Member], needed: int) -> Collected:
+    def _ask_updates(self, opened: _Opened, before: Checkpoint, sites: Sequence[str], needed: int) -> Collected:
         number = opened.number
-        folder = self._folder.round_folder(number)
-
-        def accept(_: Member, contribution: Contribution) -> Answer:
-            return self._accept_update(contribution, before.weights, folder)
-
         question = self._question(
             TaskType.TRAIN,
             number,
             needed=needed,
+            base=before.weights,
             base_digest=before.weights_digest,
             base_size_bytes=before.weights.stat().st_size,
             statistics=before.statistics,
+            updates=self._folder.round_folder(number),
         )
-        kept = self._kept(question, members, accept, folder)
+        layout = WeightsFile.at(before.weights).layout
+
+        def check(body: ContributionBody, path: Path | None) -> Answer:
+            return self._check_update(body, path, before.weights, layout)
+
         # Announced while the sites work already: nobody waits for it.
-        collected = self._collect(question, members, accept, kept, lambda: self._announce(opened, members))
+        collected = self._ask(question, sites, check, lambda: self._announce(opened, sites))
         norms = {site: answer.norm for site, answer in collected.answers.items()}
         return self._without(collected, _outlier_reasons(norms), number, NORM_OUTLIER)
 
-    def _accept_update(self, contribution: Contribution, base: Path, folder: Path) -> Answer:
-        """Fetch an update and look at every number of it; keep the signed contribution beside it for a resumed round."""
-        body = contribution.body
+    def _check_update(self, body: ContributionBody, path: Path | None, base: Path, layout: Layout) -> Answer:
+        """Look at every number of an update, and at what the site says of itself."""
         Scores.of(body, self._classes)
-        largest = base.stat().st_size + HEADER_ROOM_BYTES
-        if not body.content_digest:
+        if path is None:
             raise UpdateMissing(f"{body.site} answered without an update.")
-        if body.content_size_bytes > largest:
-            raise TooLarge(f"The update has {body.content_size_bytes} bytes, its base {base.stat().st_size}.")
-        path = folder / f"{body.site}.safetensors"
-        try:
-            with no_space_named(path):
-                self._desk.fetch(body.content_digest, path, largest)
-            stats = check_contribution(path, WeightsFile.at(base).layout, base, whose=f"the update of {body.site}")
-        except NotFound as error:
-            raise UpdateMissing("The update that the contribution names is not in the blob store.") from error
-        except MedHiveError:
-            path.unlink(missing_ok=True)
-            raise
-        write_durably(_envelope_path(folder, body.site), to_bytes(contribution))
-        return Answer(contribution, path, stats.norm)
-
-    def _kept(self, question: Question, members: Sequence[Member], accept: Accept, folder: Path) -> dict[str, Answer]:
-        """The answers of this very round that a former process verified; each is verified again."""
-        kept = {}
-        for member in members:
-            path = _envelope_path(folder, member.site)
-            if not path.exists():
-                continue
-            try:
-                contribution = from_bytes(Contribution, path.read_bytes())
-                check_contribution_envelope(contribution, member.key, question.to(member.site, self._clock.now()))
-                kept[member.site] = accept(member, contribution)
-            except MedHiveError as error:
-                self._log.warning("contribution.discarded", site=member.site, round=question.round, reason=str(error))
-                path.unlink(missing_ok=True)
-        return kept
+        stats = check_contribution(path, layout, base, whose=f"the update of {body.site}")
+        return Answer(body, path, stats.norm)
 
     def _aggregate(
         self, number: int, before: Checkpoint, strategy: Strategy, collected: Collected
@@ -337,16 +337,17 @@ class RunLoop:
 
     def _finish(self, last: Checkpoint) -> RunEnd:
         """Let the sites judge the final weights. The run has its result, so whoever is silent here only goes unheard."""
-        members, left_out = self._standing()
+        present = self._sites.present()
         question = self._question(
             TaskType.EVALUATE,
             self._run.rounds,
             needed=0,
+            base=last.weights,
             base_digest=last.weights_digest,
             base_size_bytes=last.weights.stat().st_size,
             statistics=last.statistics,
         )
-        collected = self._collect(question, members, self._accept_evaluation)
+        collected = self._ask(question, present.sites, self._check_evaluation)
         scores = scores_of(collected, self._classes)
         return RunEnd(
             fence=self._desk.fence,
@@ -355,14 +356,14 @@ class RunLoop:
             digest=last.weights_digest,
             metrics=pooled_metrics(scores, self._classes),
             confusion=confusion_of(scores),
-            sites=final_sites(last.report, site_rounds(collected, left_out, self._classes)),
+            sites=final_sites(last.report, site_rounds(collected, present.left_out, self._classes)),
             refusals=self._take_refusals(),
             statistics=last.statistics,
         )
 
-    def _accept_evaluation(self, _: Member, contribution: Contribution) -> Answer:
-        Scores.of(contribution.body, self._classes)
-        return Answer(contribution)
+    def _check_evaluation(self, body: ContributionBody, _: Path | None) -> Answer:
+        Scores.of(body, self._classes)
+        return Answer(body)
 
     def _end(self, state: Any, reason: str) -> RunEnd:
         refusals = self._take_refusals()
@@ -370,22 +371,17 @@ class RunLoop:
 
     # ---- asking and reporting --------------------------------------------------------------------------------------
 
-    def _standing(self) -> tuple[tuple[Member, ...], dict[str, str]]:
-        """The sites that may be asked now, and why those that had consented may not."""
-        run = self._watch.refresh(at_once=True)
-        now = standing(run, self._desk.nodes(), self._key.public.key_id, self._clock.now())
-        return now.members, dict(now.left_out)
-
     def _cohort(
         self, number: int, name: str, needed: int | None = None, *, everybody: bool = False
-    ) -> tuple[tuple[Member, ...], dict[str, str]]:
-        members, left_out = self._standing()
+    ) -> tuple[tuple[str, ...], Mapping[str, str]]:
+        """The sites of a round, and why those that had consented may not be asked."""
+        present = self._sites.present()
         least = self._options.min_sites if needed is None else needed
-        if len(members) < least:
-            raise TooFewSites(too_few(name, Collected({}, {}), left_out, least), needed=least)
+        if len(present.sites) < least:
+            raise TooFewSites(too_few(name, Collected({}, {}), present.left_out, least), needed=least)
         if everybody:
-            return members, left_out
-        return sample(members, self._options.fraction, least, self._options.seed, number), left_out
+            return present.sites, present.left_out
+        return sample(present.sites, self._options.fraction, least, self._options.seed, number), present.left_out
 
     def _question(self, kind: TaskType, number: int, needed: int | None = None, **content: Any) -> Question:
         return Question(
@@ -400,25 +396,14 @@ class RunLoop:
             **content,
         )
 
-    def _collect(
+    def _ask(
         self,
         question: Question,
-        members: Sequence[Member],
-        accept: Accept,
-        given: Mapping[str, Answer] | None = None,
+        sites: Sequence[str],
+        check: Check,
         on_asked: Callable[[], None] = lambda: None,
     ) -> Collected:
-        collector = Collector(
-            exchange=self._exchange,
-            watch=self._watch,
-            key=self._key,
-            clock=self._clock,
-            nodes=self._desk.nodes,
-            online=self._desk.online,
-            accept=accept,
-            refuse=self._refuse,
-        )
-        return collector.collect(question, members, given or {}, on_asked)
+        return self._sites.ask(question, sites, check, self._refuse, on_asked)
 
     def _refuse(self, site: str, code: str) -> None:
         self._refusals.append(Refusal(site=site, code=code))
@@ -447,11 +432,11 @@ class RunLoop:
     def _timing(self, opened: _Opened) -> Timing:
         return Timing(opened.at, self._clock.now(), self._clock.monotonic() - opened.since)
 
-    def _announce(self, opened: _Opened, members: Sequence[Member]) -> None:
-        sites = tuple(SiteRound(site=member.site) for member in members)
-        report = RoundReport(fence=0, state=RoundState.OPEN, opened_at=opened.at, sites=sites)
+    def _announce(self, opened: _Opened, sites: Sequence[str]) -> None:
+        rows = tuple(SiteRound(site=site) for site in sites)
+        report = RoundReport(fence=0, state=RoundState.OPEN, opened_at=opened.at, sites=rows)
         self._report(opened.number, report)
-        self._log.info("round.opened", round=opened.number, sites=[member.site for member in members])
+        self._log.info("round.opened", round=opened.number, sites=list(sites))
 
     def _round_report(
         self,
@@ -511,10 +496,10 @@ class RunLoop:
         return checkpoint
 
 
-def _with_content(_: Member, contribution: Contribution) -> Answer:
-    if not contribution.body.content_digest:
-        raise UpdateMissing(f"{contribution.body.site} made initial weights, but does not say which.")
-    return Answer(contribution)
+def _with_content(body: ContributionBody, _: Path | None) -> Answer:
+    if not body.content_digest:
+        raise UpdateMissing(f"{body.site} made initial weights, but does not say which.")
+    return Answer(body)
 
 
 def _require_usable(weights: Path) -> None:
@@ -525,7 +510,3 @@ def _require_usable(weights: Path) -> None:
 def _outlier_reasons(norms: Mapping[str, float]) -> dict[str, str]:
     reason = "its update has a norm of {:.4g}, far above the others'"
     return {site: reason.format(norms[site]) for site in sorted(norm_outliers(norms))}
-
-
-def _envelope_path(folder: Path, site: str) -> Path:
-    return folder / f"{site}.json"

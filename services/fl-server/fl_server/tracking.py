@@ -258,7 +258,7 @@ class Tracker:
         spec = canonical_json(run.spec.model_dump(mode="json")).decode()
         options = run.spec.options.model_dump(mode="json")
         of_study = {f"study.{name}": value for name, value in run.spec.data.options.items()}
-        values = {"task": run.spec.task, "base_version": run.spec.base_version, **of_study, **_flattened(options)}
+        values = {"task": run.spec.task, "base_version": run.spec.base_version, **of_study, **flattened(options)}
         sites = [item.site for item in run.consents if item.state in (ConsentState.GRANTED, ConsentState.WITHDRAWN)]
         tags = {
             "medhive.state": str(run.state),
@@ -293,11 +293,7 @@ class Tracker:
         told.update(item.number for item in fresh)
 
     def _log_values(self, mlflow_id: str, values: Sequence["Value"]) -> None:
-        from mlflow.entities import Metric  # noqa: PLC0415
-
-        metrics = [Metric(_safe(value.name), value.value, _milliseconds(value.at), value.step) for value in values]
-        for start in range(0, len(metrics), MAX_BATCH):
-            self._mlflow.log_batch(mlflow_id, metrics=metrics[start : start + MAX_BATCH])
+        log_values(self._mlflow, mlflow_id, values)
 
     def _final_values(
         self, run: RunAnswer, version: VersionAnswer | None, rounds: Sequence[RoundAnswer]
@@ -314,7 +310,7 @@ class Tracker:
     def _tell_pictures(
         self, run: RunAnswer, mlflow_id: str, values: Sequence["Value"], version: VersionAnswer | None
     ) -> None:
-        panels = _panels(values)
+        panels = panels_of(values)
         with tempfile.TemporaryDirectory() as folder:
             if panels:
                 draw_curves(panels, Path(folder) / "curves.png", f"{run.id} of {run.study}")
@@ -415,6 +411,15 @@ class Value:
     step: int
 
 
+def log_values(mlflow: Any, mlflow_id: str, values: Sequence[Value]) -> None:
+    """Tell an `mlflow.MlflowClient` metrics of one of its runs, in as few calls as it takes."""
+    from mlflow.entities import Metric  # noqa: PLC0415
+
+    metrics = [Metric(_safe(value.name), value.value, _milliseconds(value.at), value.step) for value in values]
+    for start in range(0, len(metrics), MAX_BATCH):
+        mlflow.log_batch(mlflow_id, metrics=metrics[start : start + MAX_BATCH])
+
+
 def round_values(item: RoundAnswer) -> list[Value]:
     """Everything that is told of one round, each with the round's own time, so that telling it again changes nothing."""
     at = item.closed_at or item.opened_at
@@ -456,7 +461,7 @@ def _step(name: str, number: int) -> int:
     return number - 1 if is_of_base else number
 
 
-def _panels(values: Sequence[Value]) -> dict[str, dict[str, Curve]]:
+def panels_of(values: Sequence[Value]) -> dict[str, dict[str, Curve]]:
     """The curves worth a picture: global accuracy and loss, of validation and training, and the sites' accuracy."""
     of_sites = sorted({value.name for value in values if re.fullmatch(r"site/[^/]+/val_accuracy", value.name)})
     wanted: dict[str, Sequence[str]] = {
@@ -517,11 +522,12 @@ def model_name(study: str) -> str:
     return f"medhive-{study}"
 
 
-def _flattened(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as one level, their names joined by dots."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
-            flat |= _flattened(value, f"{prefix}{name}.")
+            flat |= flattened(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

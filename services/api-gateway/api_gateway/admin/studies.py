@@ -10,7 +10,7 @@ import click
 from api_gateway.admin.session import connect
 from medhive.errors import InvalidInput
 from medhive.spec import StudyData
-from medhive.terminal import Group, Terminal, build, pairs, pass_terminal
+from medhive.terminal import Group, Terminal, build, pass_terminal, values
 from medhive.views import studies_table
 from medhive.wire import API, NewStudy, StudyAnswer
 
@@ -106,7 +106,7 @@ def create_study(terminal: Terminal, /, name: str | None, study_file: Path | Non
     if flags["title"] is not None:
         given["title"] = flags["title"]
     given["members"] = [*fields.get("members", ()), *flags["members"]]
-    given["defaults"] = {**fields.get("defaults", {}), **_values(flags["defaults"], "--default")}
+    given["defaults"] = {**fields.get("defaults", {}), **values(flags["defaults"], "--default")}
     with connect() as client:
         study = StudyAnswer.model_validate(client.post(f"{API}/studies", build(NewStudy, **given)))
     terminal.result(study, lambda: _show(terminal, study))
@@ -116,7 +116,7 @@ def _data_fields(terminal: Terminal, data: dict[str, Any], flags: dict[str, Any]
     if flags["classes"] or "classes" not in data:
         text = terminal.ask(flags["classes"], "Classes, separated by commas", "--classes")
         data["classes"] = [word.strip() for word in text.split(",")]
-    data["options"] = {**data.get("options", {}), **_values(flags["options"], "--option")}
+    data["options"] = {**data.get("options", {}), **values(flags["options"], "--option")}
     for share_or_seed in ("validation_share", "heldout_share", "initial_seed"):
         if flags[share_or_seed] is not None:
             data[share_or_seed] = flags[share_or_seed]
@@ -155,18 +155,6 @@ def _read_columns(path: Path) -> dict[str, Any]:
                 {"name": name, "type": kind or "numeric", "categories": [c for c in categories.split("|") if c]}
             )
     return {"columns": columns}
-
-
-def _values(words: tuple[str, ...], flag: str) -> dict[str, Any]:
-    """NAME=VALUE words; a value that reads as a JSON number or boolean is one."""
-    found: dict[str, Any] = {}
-    for name, text in pairs(words, flag).items():
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        found[name] = value if isinstance(value, (bool, int, float, dict)) else text
-    return found
 
 
 def _read_text(path: Path) -> str:

@@ -1,6 +1,5 @@
 """Looking at data before anything is sent, and dividing a dataset for trials."""
 
-import json
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Final
 import click
 
 from fl_client.check import check_data as read_and_check
-from fl_client.check import study_of_folder
+from fl_client.check import read_study, study_of_folder
 from fl_client.cli.installation import load_settings
 from fl_client.cli.runs import ask_study
 from fl_client.identity import NotJoined
@@ -18,11 +17,10 @@ from fl_client.site import Site
 from fl_client.tasks.base import PARTS, DataReport, LocalOptions
 from medhive.errors import InvalidInput
 from medhive.spec import StudyData
-from medhive.terminal import Command, Terminal, build, pairs, pass_terminal
+from medhive.terminal import Command, Terminal, pairs, pass_terminal
 
 FOLDER_TASKS: Final = frozenset({"image-folder", "ct-volume"})  # whose classes are told by folders alone
 SHOWN: Final = 20  # skipped files named on a screen; --all names every one
-MAX_STUDY_BYTES: Final = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def _unjoined(path: Path | None, given: dict[str, Any], class_map: dict[str, str
     secret = secrets.token_bytes(32)
     local = LocalOptions(class_map)
     if given["study_file"]:
-        task, data = _read_study(given["study_file"])
+        task, data = read_study(given["study_file"])
         return _Subject(given["task"] or task, path, data, secret, local, None)
     task = given["task"] or "image-folder"
     if task not in FOLDER_TASKS:
@@ -112,15 +110,6 @@ def _unjoined(path: Path | None, given: dict[str, Any], class_map: dict[str, str
     if not path.exists():
         raise InvalidInput(f"There is nothing at {path}; give the data folder.")
     return _Subject(task, path, study_of_folder(path), secret, local, None)
-
-
-def _read_study(path: Path) -> tuple[str, StudyData]:
-    try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(MAX_STUDY_BYTES))
-        return str(value.get("task", "image-folder")), build(StudyData, **value.get("data", value))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InvalidInput(f"Cannot read a study from {path}: {error}.") from error
 
 
 def _show_report(terminal: Terminal, subject: _Subject, report: DataReport, shown: int) -> None:

@@ -3,7 +3,9 @@
 from fl_client.tasks.base import (
     PARTS,
     DataReport,
+    Divisible,
     EpochProgress,
+    Examples,
     Judged,
     Judging,
     LocalOptions,
@@ -25,7 +27,9 @@ from fl_client.tasks.base import (
 __all__ = [
     "PARTS",
     "DataReport",
+    "Divisible",
     "EpochProgress",
+    "Examples",
     "Judged",
     "Judging",
     "LocalOptions",

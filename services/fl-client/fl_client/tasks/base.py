@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -289,6 +289,38 @@ class Workspace(Predictor, Protocol):
 
     def compare(self, first: Weights, second: Weights, part: Part) -> "Comparison":
         """Judge two models on the same examples in one go; raises as `judge`."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A workspace's examples, by place: (n,) class indices, (n,) parts, and what each is called in its data."""
+
+    labels: npt.NDArray[np.int64]
+    parts: npt.NDArray[np.str_]
+    names: Sequence[str]
+
+
+@runtime_checkable
+class Divisible(Workspace, Protocol):
+    """A workspace that can be dealt out to many sites without a copy of what was read: what a simulation needs."""
+
+    @property
+    def examples(self) -> Examples:
+        """All examples."""
+
+    def share(
+        self,
+        places: npt.NDArray[np.int64],
+        parts: npt.NDArray[np.str_],
+        labels: npt.NDArray[np.int64] | None = None,
+    ) -> Workspace:
+        """The workspace of a site that has the examples at these places alone.
+
+        Args:
+            places: (m,) of the examples.
+            parts: (m,) the part that each is in.
+            labels: (m,) other classes than they were read with; None leaves them.
+        """
 
 
 class Task(Protocol):

@@ -63,6 +63,7 @@ def open_workspace(
         images=images,
         labels=labels,
         parts=parts,
+        names=[entry.name for entry in scan.entries],
         backbone=local.weights_file if local is not None else None,
     )
 
@@ -154,9 +155,10 @@ class ImageWorkspace(ClassifierWorkspace):
         images: Tensor,
         labels: Tensor,
         parts: npt.NDArray[np.str_],
+        names: Sequence[str],
         backbone: Path | None = None,
     ) -> None:
-        super().__init__(model, report=report, labels=labels, parts=parts, backbone=backbone)
+        super().__init__(model, report=report, labels=labels, parts=parts, names=names, backbone=backbone)
         fits = self.device.type == "cuda" and images.nbytes <= GPU_CACHE_BYTES
         self._images = images.to(self.device) if fits else images
 

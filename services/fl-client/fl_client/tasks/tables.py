@@ -94,12 +94,13 @@ class Features:
 
 @dataclass(frozen=True)
 class Table:
-    """A read CSV: (n, d) features with NaN for missing numbers, (n,) class indices, (n,) parts."""
+    """A read CSV: (n, d) features with NaN for missing numbers, (n,) class indices, (n,) parts, names (file:line)."""
 
     features: Features
     values: Floats
     labels: Labels
     parts: npt.NDArray[np.str_]
+    names: Sequence[str]
     report: DataReport
 
 
@@ -165,6 +166,7 @@ def read_table(
         np.array([row.values for row in ordered], dtype=np.float64).reshape(len(ordered), len(features.names)),
         np.array([row.label for row in ordered], dtype=np.int64),
         np.array(parts),
+        [row.name for row in ordered],
         report,
     )
 

@@ -10,8 +10,10 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fl_client.tasks.base import (
     EpochProgress,
+    Examples,
     FloatArray,
     Judged,
     Judging,
@@ -180,8 +183,18 @@ class TabularWorkspace(TabularModel, InOneGo):
     def __init__(self, table: Table, study: StudyData) -> None:
         super().__init__(study)
         self.report = table.report
+        self.examples = Examples(table.labels, table.parts, table.names)
         self._table = table
         self._pooled: Moments | None = None
+
+    def share(self, places: Labels, parts: npt.NDArray[np.str_], labels: Labels | None = None) -> Self:
+        """The same with the rows at these places alone; see `base.Divisible.share`."""
+        other = copy(self)
+        own = self._table.labels[places] if labels is None else labels
+        names = [self._table.names[place] for place in places]
+        other._table = replace(self._table, values=self._table.values[places], labels=own, parts=parts, names=names)
+        other.examples = Examples(own, parts, names)
+        return other
 
     def initial_weights(self, seed: int) -> dict[str, FloatArray]:  # noqa: ARG002 - a convex problem starts anywhere
         """All zeros, whatever the seed: moments that say they are unknown, and coefficients that prefer no class."""

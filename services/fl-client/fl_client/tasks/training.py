@@ -14,8 +14,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +31,7 @@ from torch.nn import functional
 from fl_client.tasks.base import (
     DataReport,
     EpochProgress,
+    Examples,
     FloatArray,
     Judged,
     Judging,
@@ -98,7 +101,7 @@ class Classifier(ABC):
         """Raises DeviceUnavailable, UnknownModel: it cannot be built here."""
         self.classes = classes
         self.device = resolve_device(device)
-        self.build(seed=0)
+        self._spare = [self.build(seed=0)]
 
     @abstractmethod
     def network(self, seed: int) -> nn.Module:
@@ -122,10 +125,15 @@ class Classifier(ABC):
         return model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload,no-any-return]
 
     def new_model(self, weights: Weights) -> nn.Module:
-        """A model of its own for one job."""
-        model = self.build(seed=0)
+        """A model of its own for one job: the last that was given back, or a new one."""
+        model = self._spare.pop() if self._spare else self.build(seed=0)
         load_weights(model, weights)
         return model
+
+    def give_back(self, model: nn.Module) -> None:
+        """Keep a model that a job is done with for the next one: building one draws all its numbers in vain."""
+        model.zero_grad(set_to_none=True)
+        self._spare[:] = [model]
 
     def probabilities(self, model: nn.Module, pixels: Tensor) -> npt.NDArray[np.float64]:
         """(n, channels, ...) bytes on the device → (n, classes)."""
@@ -160,15 +168,33 @@ class ClassifierWorkspace(InOneGo):
         report: DataReport,
         labels: Tensor,
         parts: npt.NDArray[np.str_],
+        names: Sequence[str],
         backbone: Path | None = None,
     ) -> None:
         self.report = report
         self.model = model
         self.device = model.device
         self.classes = model.classes
+        self.examples = Examples(labels.numpy(), parts, names)
         self._backbone = backbone
         self._labels = labels
-        self._of_part = {name: torch.from_numpy(np.flatnonzero(parts == name)) for name in np.unique(parts)}
+        self._of_part = _by_part(np.arange(len(parts)), parts)
+
+    def share(
+        self,
+        places: npt.NDArray[np.int64],
+        parts: npt.NDArray[np.str_],
+        labels: npt.NDArray[np.int64] | None = None,
+    ) -> Self:
+        """The same with the examples at these places alone; see `base.Divisible.share`."""
+        other = copy(self)
+        other._of_part = _by_part(places, parts)
+        if labels is not None:
+            other._labels = self._labels.clone()
+            other._labels[torch.from_numpy(places)] = torch.from_numpy(labels)
+        names = self.examples.names
+        other.examples = Examples(other._labels.numpy()[places], parts, [names[place] for place in places])
+        return other
 
     @abstractmethod
     def pixels(self, indices: Tensor) -> Tensor:
@@ -202,6 +228,7 @@ class ClassifierWorkspace(InOneGo):
         for chunk in torch.split(indices, self.model.evaluation_batch()):
             batches.append(self.model.probabilities(model, self.pixels(chunk)))
             yield None
+        self.model.give_back(model)
         return Judged(self._labels[indices].numpy(), np.concatenate(batches))
 
     def predict_files(
@@ -221,6 +248,10 @@ class ClassifierWorkspace(InOneGo):
     def labels(self, indices: Tensor) -> Tensor:
         """(n,) class indices."""
         return self._labels[indices]
+
+
+def _by_part(places: npt.NDArray[np.int64], parts: npt.NDArray[np.str_]) -> dict[str, Tensor]:
+    return {str(name): torch.from_numpy(places[parts == name]) for name in np.unique(parts)}
 
 
 class Job:
@@ -262,7 +293,7 @@ class Job:
                 self._train_on(batch, epoch_totals)
                 yield None
             yield self._progress(epoch, epoch_totals, time.monotonic() - started)
-        return TrainResult(
+        result = TrainResult(
             weights=export_weights(self._model),
             examples=len(self._indices),
             metrics={
@@ -271,6 +302,8 @@ class Job:
             },
             optimiser_state=saved_moments(self._optimiser, self._parameters),
         )
+        self._workspace.model.give_back(self._model)
+        return result
 
     def _progress(self, epoch: int, totals: _Totals, seconds: float) -> EpochProgress:
         n = totals.examples

@@ -134,7 +134,8 @@ class VolumeWorkspace(ClassifierWorkspace):
     def __init__(self, model: VolumeModel, scan: Scan, boxes: Boxes, backbone: Path | None) -> None:
         labels = torch.tensor([example.label for example in scan.examples])
         parts = np.array([example.part for example in scan.examples])
-        super().__init__(model, report=scan.report, labels=labels, parts=parts, backbone=backbone)
+        names = [example.digest for example in scan.examples]
+        super().__init__(model, report=scan.report, labels=labels, parts=parts, names=names, backbone=backbone)
         self._examples, self._boxes = scan.examples, boxes
         size = len(scan.examples) * math.prod(boxes.box.shape)
         fits = self.device.type == "cuda" and size <= GPU_CACHE_BYTES

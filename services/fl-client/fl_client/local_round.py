@@ -1,0 +1,96 @@
+"""One site's part of one round, whoever asks for it: judge the weights that came, train from them, say what there is to say.
+
+The trainer of a hospital does this step by step among other work, a simulation does it for one client after the other; both
+run exactly this, so that a study that was tried out is the study that is deployed.
+"""
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fl_client.tasks.base import EpochProgress, FloatArray, Judged, RoundPlan, Weights, Workspace
+from fl_client.tasks.errors import NotEnoughExamples
+
+if TYPE_CHECKING:
+    from fl_client.tasks.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What weights are worth on a site's validation part; without such a part there is nothing to say."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    confusion: list[list[int]] = field(default_factory=list)
+    examples: int = 0
+
+
+@dataclass(frozen=True)
+class LocalRound:
+    """What a site made of a round.
+
+    weights: after training; examples: trained on; metrics: of the validation before it (`val_*`) and of the training;
+    confusion: of the validation; optimiser_state: for the site's own next round.
+    """
+
+    weights: dict[str, FloatArray]
+    examples: int
+    metrics: dict[str, float]
+    confusion: list[list[int]]
+    optimiser_state: bytes | None
+
+
+LocalRoundSteps = Generator[EpochProgress | None, None, LocalRound]
+
+
+def local_round(workspace: Workspace, base: Weights, plan: RoundPlan) -> LocalRoundSteps:
+    """Judge `base` on the validation part, then train from it; yields as training does, and raises as its two steps."""
+    before = yield from validated(workspace, base)
+    result = yield from workspace.train(base, plan)
+    metrics = {**before.metrics, **result.metrics}
+    return LocalRound(result.weights, result.examples, metrics, before.confusion, result.optimiser_state)
+
+
+def validated(workspace: Workspace, weights: Weights) -> Generator[None, None, Validated]:
+    """Validation metrics under their names in a contribution; raises as `Workspace.judge`, but for an empty part."""
+    try:
+        judged = yield from workspace.judge(weights, "validation")
+    except NotEnoughExamples:
+        return Validated()
+    evaluation = evaluated(workspace, judged)
+    own = {f"val_{name}": value for name, value in judged.metrics.items() if math.isfinite(value)}
+    yield None
+    return Validated(
+        {**validation_metrics(evaluation), **own},
+        [list(row) for row in evaluation.confusion],
+        evaluation.examples,
+    )
+
+
+def evaluated(workspace: Workspace, judged: Judged) -> "Evaluation":
+    """The figures of what a model said."""
+    from fl_client.tasks.evaluation import evaluate  # noqa: PLC0415 - came with the task's own libraries
+
+    return evaluate(judged.labels, judged.probabilities, workspace.classes)
+
+
+def validation_metrics(evaluation: "Evaluation") -> dict[str, float]:
+    """An evaluation's numbers as a round reports them."""
+    metrics = {f"val_{name}": value for name, value in evaluation.metrics().items()}
+    for name, judged in evaluation.per_class.items():
+        if judged.sensitivity is not None:
+            metrics[f"val_recall/{name}"] = judged.sensitivity.value
+    return metrics
+
+
+def state_file(folder: Path, round_number: int) -> Path:
+    """Where a site keeps its optimiser's state after a round of one run."""
+    return folder / f"optimiser-{round_number}.safetensors"
+
+
+def newest_state(folder: Path, before: int) -> Path | None:
+    """The state of the own last round before this one. Bound to its round, so that a resumed round uses the same."""
+    rounds = (int(file.stem.removeprefix("optimiser-")) for file in folder.glob("optimiser-*.safetensors"))
+    newest = max((number for number in rounds if number < before), default=None)
+    return state_file(folder, newest) if newest is not None else None

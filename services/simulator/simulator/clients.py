@@ -1,0 +1,215 @@
+"""The sites of a simulated run: clients in this process, one after the other, each doing what a hospital's trainer does.
+
+The round loop asks them as it asks hospitals; only the envelopes, signatures and transfers between them are left out. Model
+and data stay resident, and a client exists only while it is its turn: what it must remember from round to round (its
+optimiser's state, where the task keeps one) lies on disk, so that memory does not grow with the number of clients.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fl_client.local_round import local_round, newest_state, state_file, validated
+from fl_client.tasks import RoundPlan, Workspace, completed
+from fl_server.checkpoint import write_durably
+from fl_server.cohort import Present, sample
+from fl_server.collect import REASON_LENGTH, Answer, Collected, Question
+from fl_server.rounds import Check, Refuse
+from medhive.envelope import ContributionBody, TaskType
+from medhive.errors import MedHiveError, NoSpace
+from medhive.packing import Flat, read_weights, write_weights
+from medhive.spec import RunOptions
+from medhive.version import PROTOCOL
+from simulator.faults import Fate, Fates, poisoned
+from simulator.federation import Federation
+
+MAX_JUDGES = 1000
+"""Clients that judge the final weights: what more would add to the mean is below a tenth of a per cent."""
+
+OnClient = Callable[[int, int], None]
+"""Told of (done, asked) clients of a round."""
+
+
+class ClientStates:
+    """What clients keep from round to round, on disk. Bound to its round, as at a hospital, so that a resume repeats it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, client: str, before: int) -> bytes | None:
+        """The state of the client's own last round before this one."""
+        path = newest_state(self._folder / client, before)
+        return path.read_bytes() if path is not None else None
+
+    def save(self, client: str, round_number: int, state: bytes) -> None:
+        """Keep the state of a round, and the one before it for a resume. Raises `NoSpace`."""
+        folder = self._folder / client
+        folder.mkdir(parents=True, exist_ok=True)
+        keep = {newest_state(folder, round_number), state_file(folder, round_number)}
+        for path in folder.glob("optimiser-*.safetensors"):
+            if path not in keep:
+                path.unlink()
+        write_durably(state_file(folder, round_number), state)
+
+    def remove(self) -> None:
+        """Delete them all: the run is over."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class InlineSites:
+    """`fl_server.rounds.Sites` without a network.
+
+    Args:
+        federation: who there is, and their data.
+        options: of the run.
+        fates: what goes wrong with whom.
+        states: what clients remember; None lets them forget.
+        on_client: told of progress.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        options: RunOptions,
+        fates: Fates,
+        states: ClientStates | None,
+        on_client: OnClient,
+    ) -> None:
+        self._federation = federation
+        self._options = options
+        self._fates = fates
+        self._states = states
+        self._on_client = on_client
+        self._names = tuple(federation.names)
+        self._place = {name: place for place, name in enumerate(self._names)}
+
+    def present(self) -> Present:
+        """All of them: a client that drops out does so when it is asked."""
+        return Present(self._names, {})
+
+    def ask(
+        self,
+        question: Question,
+        sites: Sequence[str],
+        check: Check,
+        refuse: Refuse,
+        on_asked: Callable[[], None],
+    ) -> Collected:
+        """Have one client after the other answer; see `fl_server.rounds.Sites.ask`."""
+        on_asked()
+        if question.type is TaskType.EVALUATE:
+            sites = sample(sites, MAX_JUDGES / max(MAX_JUDGES, len(sites)), 1, self._options.seed, 0)
+        base = read_weights(question.base) if question.base is not None else {}
+        collected = Collected({}, {})
+        for done, site in enumerate(sites, 1):
+            try:
+                collected.answers[site] = self._answer(question, site, base, check, refuse)
+            except NoSpace:
+                raise
+            except MedHiveError as error:
+                collected.dropped[site] = str(error)[:REASON_LENGTH]
+            self._on_client(done, len(sites))
+        return collected.sort()
+
+    def _answer(self, question: Question, site: str, base: Mapping[str, Flat], check: Check, refuse: Refuse) -> Answer:
+        """One client's answer, checked.
+
+        Raises:
+            MedHiveError: why it does not count.
+        """
+        fate = self._fates.of(self._place[site], question.round) if question.type is TaskType.TRAIN else Fate()
+        if fate.lost:
+            raise Lost(fate.lost)
+        try:
+            body, path = self._do(question, site, base, fate)
+        except NoSpace:
+            raise
+        except MedHiveError as error:
+            raise Lost(f"failed ({error.code}): {error}") from error
+        try:
+            return check(body, path)
+        except MedHiveError as error:
+            refuse(site, error.code)
+            if path is not None:
+                path.unlink(missing_ok=True)
+            raise
+
+    def _do(
+        self, question: Question, site: str, base: Mapping[str, Flat], fate: Fate
+    ) -> tuple[ContributionBody, Path | None]:
+        began = time.monotonic()
+        workspace = self._federation.workspace(self._place[site], wrong=fate.poison == "labels")
+        if question.statistics:
+            workspace.use_statistics({name: np.asarray(values) for name, values in question.statistics.items()})
+        if question.type is TaskType.TRAIN and question.updates is not None:
+            path = question.updates / f"{site}.safetensors"
+            weights, content = self._train(question, site, base, fate, workspace)
+            # Neither synced nor hashed: after a crash the round is done again.
+            write_weights(path, weights, durable=False)
+            return _body(question, site, began, **content), path
+        if question.type is TaskType.STATISTICS:
+            sums = workspace.statistics() or {}
+            told = {name: [float(x) for x in values.ravel()] for name, values in sums.items()}
+            return _body(question, site, began, statistics=told), None
+        judged = completed(validated(workspace, base))
+        return _body(
+            question, site, began, metrics=judged.metrics, confusion=judged.confusion, examples=judged.examples
+        ), None
+
+    def _train(
+        self, question: Question, site: str, base: Mapping[str, Flat], fate: Fate, workspace: Workspace
+    ) -> tuple[Mapping[str, Flat], dict[str, Any]]:
+        """The weights that the client sends, and what it says with them."""
+        state = self._states.load(site, question.round) if self._states else None
+        result = completed(local_round(workspace, base, _plan(question, self._options, state)))
+        if self._states and result.optimiser_state is not None:
+            self._states.save(site, question.round, result.optimiser_state)
+        weights: Mapping[str, Flat] = result.weights
+        if fate.poison:
+            place = self._place[site]
+            weights = poisoned(fate.poison, base, weights, [self._options.seed, question.round, place])
+        metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
+        return weights, {"examples": result.examples, "metrics": metrics, "confusion": result.confusion}
+
+
+class Lost(MedHiveError):
+    """A simulated client gave no answer."""
+
+    code = "client-lost"
+
+
+def _plan(question: Question, options: RunOptions, state: bytes | None) -> RoundPlan:
+    return RoundPlan(
+        round=question.round,
+        rounds=question.rounds,
+        local_epochs=options.local_epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        mu=options.local_mu,
+        seed=options.seed,
+        optimiser_state=state,
+        penalty=options.penalty,
+        C=options.C,
+    )
+
+
+def _body(question: Question, site: str, began: float, **content: Any) -> ContributionBody:
+    """What a hospital would sign; nobody here has a key. Taken as it is, since this process made it."""
+    return ContributionBody.model_construct(
+        protocol=PROTOCOL,
+        type=question.type,
+        run_id=question.run_id,
+        site=site,
+        round=question.round,
+        spec_hash=question.spec_hash,
+        base_digest=question.base_digest,
+        training_s=time.monotonic() - began,
+        issued_at=datetime.now(UTC),
+        **content,
+    )

@@ -1,0 +1,208 @@
+"""The command line of `medhive-simulate`."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import structlog
+
+from medhive import __version__
+from medhive.terminal import (
+    FAILED,
+    Command,
+    Terminal,
+    chosen_options,
+    duration,
+    pass_terminal,
+    run_options,
+    share,
+    values,
+)
+
+if TYPE_CHECKING:
+    from simulator.study import Simulation
+
+BACKENDS: Final = ("inline",)
+DEFAULT_CLIENTS: Final = 10
+DEFAULTS: Final[Mapping[str, Any]] = {"task": "image-folder", "partition": "iid", "test_every": 1, "device": "auto"}
+DEFAULT_SEED: Final = 42
+LOG, PAGE = "log.jsonl", "report.html"
+OWN_FLAGS: Final = (
+    "task",
+    "data",
+    "study_file",
+    "options",
+    "clients",
+    "partition",
+    "validation_share",
+    "test",
+    "test_every",
+    "dropout",
+    "slow",
+    "patience",
+    "poison",
+    "forget",
+    "backend",
+    "device",
+)
+NOT_SIMULATED: Final = ("deadline_s", "consent_deadline_s")  # nobody waits for anybody here
+
+
+@click.command("medhive-simulate", cls=Command)
+@click.option(
+    "--task", default=DEFAULTS["task"], show_default=True, help="image-folder, ct-volume, tabular, or one of your own."
+)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="The data's folder or file.")
+@click.option(
+    "--study-file", type=click.Path(path_type=Path), help="JSON with the study's task and data; tables need it."
+)
+@click.option(
+    "--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the task, such as image_size=96."
+)
+@click.option("--clients", type=int, help="How many, 1 to 100,000 [10]; `sites` and a file say it themselves.")
+@click.option(
+    "--partition",
+    default=DEFAULTS["partition"],
+    show_default=True,
+    help="iid, dirichlet:ALPHA, shards:COUNT, sites (a client each folder or file), or a CSV of example and client.",
+)
+@click.option(
+    "--validation-share", type=float, help="Share of each client's data for validation [0.2; with --test none]."
+)
+@click.option(
+    "--test", type=click.Path(path_type=Path), help="Data of their own that judge the model after each round."
+)
+@click.option(
+    "--test-every",
+    type=click.IntRange(1),
+    default=DEFAULTS["test_every"],
+    show_default=True,
+    help="Judge after every so many rounds.",
+)
+@click.option("--dropout", type=float, help="Chance that a client that is asked does not answer.")
+@click.option("--slow", metavar="SHARE[:FACTOR]", help="Share of clients that need so many times the work [10].")
+@click.option("--patience", type=float, help="How many times a normal client's work a round waits for [2].")
+@click.option("--poison", metavar="SHARE:KIND", help="Share of clients that send nan, boost, flip, noise or labels.")
+@click.option("--forget", is_flag=True, help="Clients keep no optimiser's state from round to round.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="inline", show_default=True, help="Where clients run.")
+@click.option(
+    "--device", default=DEFAULTS["device"], show_default=True, help="cpu, cuda, cuda:0, or auto for the best there is."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Result folder; the same command goes on there."
+)
+@click.option(
+    "--mlflow", "mlflow_uri", envvar="MLFLOW_TRACKING_URI", help="Where MLflow keeps runs [MLFLOW_TRACKING_URI]."
+)
+@run_options
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@pass_terminal
+def simulate_command(terminal: Terminal, /, **given: Any) -> None:
+    """Simulate a federated study on this machine: the deployment's own rounds, strategies, checks and tasks, no service.
+
+    The result folder gets the curves, tables, a summary, the weights and a page to open. A simulation that was stopped goes
+    on when the same command is given again, and ends with the same bits.
+    """
+    summary = _run(terminal, given)
+    terminal.result(summary, lambda: _show(terminal, summary))
+    if summary["state"] != "completed":
+        terminal.note(f"error: {summary['reason']}")
+        click.get_current_context().exit(FAILED)
+
+
+def _run(terminal: Terminal, given: dict[str, Any]) -> dict[str, Any]:
+    from simulator.run import Listener, simulate  # noqa: PLC0415 - seconds of imports that --help need not pay
+
+    out, mlflow_uri = given.pop("out"), given.pop("mlflow_uri")
+    simulation = simulation_of(given)
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(_logging_to(out / LOG))
+        reading = stack.enter_context(terminal.progress("reading the data"))
+        training = stack.enter_context(terminal.progress("clients"))
+        return simulate(simulation, out, Listener(reading, terminal.note, training), mlflow_uri)
+
+
+def simulation_of(flags: Mapping[str, Any]) -> "Simulation":
+    """What the flags ask for; what is left out is as the command has it.
+
+    Raises:
+        InvalidInput: they do not fit; the text names what.
+    """
+    from simulator.faults import Faults  # noqa: PLC0415
+    from simulator.partition import Partition  # noqa: PLC0415
+    from simulator.study import Simulation, run_spec, study_data  # noqa: PLC0415
+
+    own = {name: flags.get(name, DEFAULTS.get(name)) for name in OWN_FLAGS}
+    given = {name: value for name, value in flags.items() if name not in OWN_FLAGS}
+    chosen = {name: value for name, value in chosen_options(given).items() if name not in NOT_SIMULATED}
+    partition = Partition.parse(own["partition"])
+    clients = None if partition.kind in ("sites", "file") else own["clients"] or DEFAULT_CLIENTS
+    fields: dict[str, Any] = {"initial_seed": chosen.get("seed", DEFAULT_SEED)}
+    if own["options"]:
+        fields["options"] = values(own["options"], "--option")
+    if own["validation_share"] is not None:
+        fields["validation_share"] = own["validation_share"]
+    study = study_data(own["task"], own["data"], partition, own["study_file"], fields)
+    return Simulation(
+        spec=run_spec(own["task"], study, chosen, clients),
+        data=own["data"],
+        test=own["test"],
+        test_every=own["test_every"],
+        clients=clients,
+        partition=partition,
+        faults=Faults.parse(own["dropout"], own["slow"], own["poison"], own["patience"]),
+        trained=_trained(own["test"], own["validation_share"]),
+        forget=bool(own["forget"]),
+        device=own["device"],
+    )
+
+
+def _trained(test: Path | None, validation_share: float | None) -> frozenset[str]:
+    """The parts that are trained on too: a test set makes the held-out part needless, and unless asked for validation."""
+    if test is None:
+        return frozenset()
+    return frozenset({"heldout"} if validation_share is not None else {"heldout", "validation"})
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Have the log of the round loop in the result folder: on the terminal stand its lines for people."""
+    before = structlog.get_config()
+    with path.open("a", encoding="utf-8") as file:
+        structlog.configure(
+            processors=[
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.JSONRenderer(),
+            ],
+            logger_factory=structlog.WriteLoggerFactory(file),
+            cache_logger_on_first_use=False,
+        )
+        try:
+            yield
+        finally:
+            structlog.configure(**before)
+
+
+def _show(terminal: Terminal, summary: dict[str, Any]) -> None:
+    figures = {**{f"test {name}": value for name, value in summary["test"].items()}}
+    figures |= {f"held-out {name}": value for name, value in summary["heldout"].items()}
+    figures |= {"validation accuracy": summary["validation"].get("val_accuracy")}
+    terminal.fields(
+        [
+            ("simulation", summary["state"]),
+            ("clients", f"{summary['clients']} ({summary['partition']}), {summary['strategy']}"),
+            ("rounds", f"{summary['rounds']} in {duration(summary['seconds'])}"),
+            ("answers", f"{summary['clients_answered']} of {summary['clients_asked']}, {summary['refusals']} refused"),
+            *((name, share(value)) for name, value in figures.items()),
+            (
+                "best",
+                summary["best_round"] and f"{share(summary['best_test_accuracy'])} after round {summary['best_round']}",
+            ),
+            ("weights", summary["weights_digest"]),
+            ("results", str(Path(summary["out"]) / PAGE)),
+        ]
+    )

@@ -1,0 +1,260 @@
+"""One simulation from its data to its results: the deployment's round loop over simulated clients."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fl_client.local_round import evaluated
+from fl_client.tasks import PARTS, Judged, Workspace, completed
+from fl_client.tasks.errors import NotEnoughExamples
+from fl_server.checkpoint import write_durably
+from fl_server.collect import SystemClock, Watch
+from fl_server.locking import FolderLock
+from fl_server.rounds import RunLoop
+from medhive.errors import Conflict
+from medhive.leftovers import remove_leftovers
+from medhive.packing import Flat, read_weights
+from medhive.wire import RunEnd
+from simulator.clients import ClientStates, InlineSites
+from simulator.desk import MODEL, RecordedRound, ResultDesk, ended
+from simulator.faults import Fates
+from simulator.federation import Federation, Source, read_federation, secret_of
+from simulator.results import SUMMARY, Tracking, final_values, own_values, summary_of, title_of, write_results
+from simulator.study import Simulation
+
+IDENTITY, WORK, STATES = "simulation.json", "work", "clients"
+
+
+class OtherSimulation(Conflict):
+    """The result folder holds another simulation, or this one on other data."""
+
+    code = "other-simulation"
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who watches: told of reading (done, total), of a line worth saying, and of progress (clients done, of all rounds)."""
+
+    on_reading: Callable[[int, int], None]
+    on_line: Callable[[str], None]
+    on_progress: Callable[[int, int], None]
+
+
+def simulate(simulation: Simulation, out: Path, listener: Listener, mlflow_uri: str | None = None) -> dict[str, Any]:
+    """Run a simulation, or go on with it, and return its summary, which is in the folder too.
+
+    Raises:
+        OtherSimulation: `out` holds another one.
+        FolderInUse: another process works there.
+        MedHiveError: the data or the choices do not fit, by cause.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with FolderLock(out, "medhive-simulate", "choose another --out"):
+        remove_leftovers(out, age_s=0)
+        source = Source(simulation.spec.task, simulation.data, simulation.spec.data, simulation.device)
+        federation = read_federation(
+            source,
+            simulation.partition,
+            simulation.clients,
+            simulation.spec.options.seed,
+            trained=simulation.trained,
+            on_progress=listener.on_reading,
+        )
+        tester = _Tester(simulation, source, listener)
+        identity = simulation.identity(f"{federation.fingerprint} {tester.fingerprint}")
+        _claim(out, identity)
+        return _Work(
+            simulation,
+            out,
+            federation,
+            tester=tester,
+            identity=identity,
+            listener=listener,
+            mlflow_uri=mlflow_uri,
+        ).run()
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    """Write down whose folder this is, or find that it is ours."""
+    path = out / IDENTITY
+    if path.exists():
+        try:
+            kept = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            kept = {}
+        if kept.get("digest") != identity["digest"]:
+            wrong = sorted(name for name in identity if kept.get(name) != identity[name] and name != "digest")
+            raise OtherSimulation(
+                f"{out} holds another simulation ({', '.join(wrong)} differ); choose another --out.", differ=wrong
+            )
+        return
+    write_durably(path, (json.dumps(identity, indent=2) + "\n").encode())
+
+
+class _Tester:
+    """Judges weights on the test set."""
+
+    def __init__(self, simulation: Simulation, source: Source, listener: Listener) -> None:
+        self._every = simulation.test_every
+        self._rounds = simulation.spec.options.rounds
+        self._workspace: Workspace | None = None
+        if simulation.test is not None:
+            secret = secret_of(simulation.spec.options.seed)
+            self._workspace = source.open(simulation.test, secret, listener.on_reading)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._workspace.report.fingerprint if self._workspace else ""
+
+    def judge(self, path: Path) -> dict[str, float]:
+        """Figures of the weights in a file; empty without a test set."""
+        return judged_on(self._workspace, read_weights(path)) if self._workspace else {}
+
+    def due(self, round_number: int) -> bool:
+        return round_number % self._every == 0 or round_number == self._rounds
+
+
+def judged_on(workspace: Workspace, weights: dict[str, Flat], parts: Sequence[Any] = PARTS) -> dict[str, float]:
+    """Accuracy, loss, macro F1 and calibration error on these parts of a data set together."""
+    found = [judged for part in parts if (judged := _judged(workspace, weights, part)) is not None]
+    if not found:
+        return {}
+    whole = Judged(
+        np.concatenate([item.labels for item in found]), np.concatenate([item.probabilities for item in found])
+    )
+    return evaluated(workspace, whole).metrics()
+
+
+def _judged(workspace: Workspace, weights: dict[str, Flat], part: Any) -> Judged | None:
+    try:
+        return completed(workspace.judge(weights, part))
+    except NotEnoughExamples:
+        return None
+
+
+class _Work:
+    """One life of a simulation."""
+
+    def __init__(
+        self,
+        simulation: Simulation,
+        out: Path,
+        federation: Federation,
+        *,
+        tester: _Tester,
+        identity: dict[str, Any],
+        listener: Listener,
+        mlflow_uri: str | None,
+    ) -> None:
+        self._simulation = simulation
+        self._options = simulation.spec.options
+        self._out = out
+        self._federation = federation
+        self._tester = tester
+        self._identity = identity
+        self._listener = listener
+        self._facts = {
+            "clients": len(federation.names),
+            "partition": _partition_text(simulation),
+            "strategy": self._options.strategy,
+        }
+        title = title_of({"simulation": identity, **self._facts})
+        self._tracking = Tracking(mlflow_uri, out, identity, title) if mlflow_uri else None
+        self._asked = 0
+
+    def run(self) -> dict[str, Any]:
+        if (self._out / SUMMARY).exists() and not self._tracking:
+            return dict(json.loads((self._out / SUMMARY).read_text("utf-8")))
+        desk = self._desk()
+        end = ended(self._out) or self._rounds(desk)
+        rounds = desk.record.rounds
+        heldout = self._heldout(end)
+        extra = {**self._facts, "heldout": heldout, "out": str(self._out)}
+        summary = summary_of(self._identity, end, rounds, extra)
+        classes = self._simulation.spec.data.classes
+        counts = self._federation.class_counts()
+        names = self._federation.names
+        write_results(self._out, summary, end, desk.record, clients=names, counts=counts, classes=classes)
+        if self._tracking:
+            values = [value for item in rounds for value in own_values(item)]
+            self._tracking.tell([*values, *final_values(end, rounds)])
+            self._tracking.finish(end.state)
+        for folder in (WORK, STATES):
+            shutil.rmtree(self._out / folder, ignore_errors=True)
+        return summary
+
+    def _desk(self) -> ResultDesk:
+        def judge(path: Path, number: int) -> dict[str, float]:
+            return self._tester.judge(path) if self._tester.due(number) else {}
+
+        return ResultDesk(
+            self._out,
+            self._simulation.spec,
+            self._federation,
+            judge=judge,
+            on_open=self._on_open,
+            on_closed=self._on_closed,
+        )
+
+    def _rounds(self, desk: ResultDesk) -> RunEnd:
+        states = None if self._simulation.forget else ClientStates(self._out / STATES)
+        fates = Fates(self._simulation.faults, len(self._federation.names), self._options.seed)
+        sites = InlineSites(self._federation, self._options, fates, states, self._on_client)
+        clock = SystemClock()
+        watch = Watch(desk.look, clock)
+        return RunLoop(desk=desk, sites=sites, watch=watch, folder=self._out / WORK, clock=clock).run()
+
+    def _heldout(self, end: RunEnd) -> dict[str, float]:
+        """The final weights on what no client trained on or chose by: where there is no test set, the held-out parts."""
+        if self._simulation.test is not None or end.state != "completed":
+            return {}
+        weights = read_weights(self._out / MODEL)
+        found = [
+            judged
+            for workspace in self._federation.heldout()
+            if (judged := _judged(workspace, weights, "heldout")) is not None
+        ]
+        if not found:
+            return {}
+        whole = Judged(
+            np.concatenate([item.labels for item in found]), np.concatenate([item.probabilities for item in found])
+        )
+        return evaluated(self._federation.first(), whole).metrics()
+
+    def _on_open(self, number: int, asked: int) -> None:
+        self._asked = (number - 1) * asked
+
+    def _on_client(self, done: int, asked: int) -> None:
+        self._listener.on_progress(self._asked + done, self._options.rounds * asked)
+
+    def _on_closed(self, recorded: RecordedRound) -> None:
+        self._listener.on_line(round_text(recorded, self._options.rounds))
+        if self._tracking:
+            self._tracking.tell(own_values(recorded))
+
+
+def round_text(recorded: RecordedRound, rounds: int) -> str:
+    """`round 3/10: 10 of 10 clients answered, test accuracy 0.5512, validation 0.5203 before it, loss 1.234, 2.1 s`."""
+    parts = [f"round {recorded.number}/{rounds}: {recorded.answered} of {recorded.asked} clients answered"]
+    metrics = recorded.report.metrics
+    if "accuracy" in recorded.test:
+        parts.append(f"test accuracy {recorded.test['accuracy']:.4f}")
+    if "val_accuracy" in metrics:
+        parts.append(f"validation accuracy {metrics['val_accuracy']:.4f} before it")
+    if "train_loss" in metrics:
+        parts.append(f"training loss {metrics['train_loss']:.4f}")
+    if recorded.report.refusals:
+        parts.append(f"{len(recorded.report.refusals)} refused")
+    return ", ".join([*parts, f"{recorded.report.seconds:.1f} s"])
+
+
+def _partition_text(simulation: Simulation) -> str:
+    partition = simulation.partition
+    if partition.path is not None:
+        return partition.path.name
+    return f"{partition.kind}:{partition.value:g}" if partition.value else partition.kind

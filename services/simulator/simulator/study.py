@@ -1,0 +1,109 @@
+"""A simulation as data: everything that its result depends on, and the study that the data themselves tell of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from fl_client.check import read_study, study_of_folder
+from fl_client.tasks.errors import DataFolderMissing
+from medhive.errors import InvalidInput
+from medhive.signing import digest_of
+from medhive.spec import RunSpec, StudyData, build_options
+from simulator.faults import Faults
+from simulator.federation import site_paths
+from simulator.partition import Partition
+
+STUDY: Final = "simulation"
+FOLDER_TASKS: Final = frozenset({"image-folder", "ct-volume"})  # whose classes are told by folders
+MIN_SITES: Final = 2
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What to simulate.
+
+    data: folder or file; test: what judges the model after every `test_every`-th round; clients: how many (a partition file
+    and `sites` say it themselves); trained: parts that are trained on beside the training part; forget: clients keep nothing
+    from round to round.
+    """
+
+    spec: RunSpec
+    data: Path
+    test: Path | None
+    test_every: int
+    clients: int | None
+    partition: Partition
+    faults: Faults
+    trained: frozenset[str]
+    forget: bool
+    device: str
+
+    def identity(self, fingerprint: str) -> dict[str, Any]:
+        """All that the result depends on, with the fingerprint of the data, as plain values with their digest."""
+        values = {
+            "spec": self.spec.model_dump(mode="json"),
+            "clients": self.clients,
+            "partition": f"{self.partition.kind}:{self.partition.value:g}",
+            "faults": self.faults.to_dict(),
+            "trained": sorted(self.trained),
+            "forget": self.forget,
+            "test_every": self.test_every if self.test else 0,
+            "data_fingerprint": fingerprint,
+        }
+        return {**values, "digest": digest_of(values)}
+
+
+def study_data(
+    task: str, data: Path, partition: Partition, study_file: Path | None, fields: Mapping[str, Any]
+) -> StudyData:
+    """The study: from a file, or from the folders of classes that the data consist of.
+
+    Args:
+        task: its name.
+        data: where the data are.
+        partition: with `sites`, the folders of classes lie one level deeper.
+        study_file: JSON with the study's data, as for `medhive-site check-data`.
+        fields: of `StudyData`, laid over; `options` are laid over one by one.
+
+    Raises:
+        InvalidInput: the task's study cannot be told from the data, or a field does not fit.
+        DataFolderMissing: there are no folders of classes.
+    """
+    if study_file is not None:
+        found = read_study(study_file)[1]
+    elif task in FOLDER_TASKS:
+        found = _of_sites(data) if partition.kind == "sites" else study_of_folder(data)
+    else:
+        raise InvalidInput(f"Give --study-file: the task {task} needs the study's description.")
+    values = {**found.model_dump(), **fields}
+    options = {**found.options, **fields.get("options", {})}
+    if task in FOLDER_TASKS:
+        # Dealt out unevenly, few clients have all classes.
+        options = {"allow_missing_classes": True, **options}
+    return StudyData.model_validate({**values, "options": options})
+
+
+def _of_sites(data: Path) -> StudyData:
+    names = {
+        folder.name
+        for path in site_paths(data).values()
+        if path.is_dir()
+        for folder in path.iterdir()
+        if folder.is_dir() and not folder.name.startswith(".")
+    }
+    if len(names) < MIN_SITES:
+        raise DataFolderMissing(f"The folders of clients in {data} hold {len(names)} classes; at least two are needed.")
+    return StudyData(classes=tuple(sorted(names)))
+
+
+def run_spec(task: str, data: StudyData, chosen: Mapping[str, Any], clients: int | None) -> RunSpec:
+    """The run specification that a coordinator would make of the same choices.
+
+    Raises:
+        InvalidInput: an option is out of range, or asks for what this version has not.
+    """
+    defaults = {"min_sites": min(MIN_SITES, clients or MIN_SITES)}
+    options = build_options(task, defaults, dict(chosen))
+    options.privacy.require_supported()
+    return RunSpec(study=STUDY, task=task, data=data, options=options)

@@ -1,0 +1,203 @@
+"""A simulated study: what it gives, that it repeats and resumes to the same bits, that faults are met as in a deployment."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from simulation_world import Crash, arguments, make_table, run, table_flags
+
+from fl_client.local_round import local_round
+from fl_client.tasks import RoundPlan, completed
+from fl_client.tasks.phantoms import make_phantoms
+from fl_server.cohort import sample
+from medhive.packing import read_weights, sha256_file, write_weights
+from medhive.strategies import Update, make_strategy
+from medhive.terminal import main
+from simulator.command import simulate_command, simulation_of
+from simulator.desk import END, MODEL, RECORD
+from simulator.faults import WrongFault
+from simulator.federation import Source, read_federation
+from simulator.run import OtherSimulation
+
+DEADLINE_S = 120
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    make_table(tmp_path)
+    return tmp_path
+
+
+def test_a_study_is_simulated_and_its_folder_tells_all(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = table / "out"
+    assert main(simulate_command, [*arguments(table_flags(table), out), "--json"]) == 0
+    said = capsys.readouterr()
+    summary = json.loads(said.out)
+    assert "round 3/3: 6 of 6 clients answered" in said.err
+    assert summary["state"] == "completed"
+    assert summary["heldout"]["accuracy"] > 0.8
+    assert summary["weights_digest"] == sha256_file(out / MODEL)
+    with (out / "rounds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["round"] for row in rows] == ["0", "1", "2", "3"]
+    assert {row["answered"] for row in rows[1:]} == {"6"}
+    with (out / "clients.csv").open() as file:
+        assert sum(int(row["no"]) + int(row["yes"]) for row in csv.DictReader(file)) == 240
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert not [word for word in ("<script", "http:", "https:", "src='/") if word in page]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_is_the_deployments_own_mathematics(table: Path) -> None:
+    """The same cohort, the same local rounds, the same strategy, put together by hand."""
+    flags = table_flags(table, rounds=1, strategy="fedavg")
+    out = table / "out"
+    run(out, flags)
+    simulation = simulation_of(flags)
+    source = Source("tabular", simulation.data, simulation.spec.data)
+    federation = read_federation(source, simulation.partition, 12, 7, trained=frozenset())
+    sums = [federation.workspace(client).statistics() or {} for client in range(12)]
+    pooled = {name: np.sum([item[name] for item in sums], axis=0) for name in sums[0]}
+    base, updates = table / "base", []
+    write_weights(base, federation.first().initial_weights(7))
+    for name in sample(federation.names, 0.5, 2, 7, 1):
+        own = federation.workspace(list(federation.names).index(name))
+        own.use_statistics(pooled)
+        done = completed(local_round(own, read_weights(base), RoundPlan(1, 1, 5, seed=7)))
+        write_weights(table / name, done.weights)
+        updates.append(Update(name, table / name, done.examples))
+    strategy = make_strategy("fedavg")
+    strategy.aggregate(base, updates, strategy.initial_state(table), table / "by-hand")
+    assert sha256_file(table / "by-hand") == sha256_file(out / MODEL)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(table: Path) -> None:
+    digests = [
+        run(table / f"{number}", table_flags(table, seed=seed, partition="dirichlet:0.5", rounds=1))["weights_digest"]
+        for number, seed in enumerate([1, 1, 2])
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("strategy", ["fedadam", "krum"])
+def test_a_simulation_that_dies_goes_on_to_the_same_bits(table: Path, strategy: str) -> None:
+    flags = table_flags(table, strategy=strategy, dropout=0.2, clients=20)
+    whole = run(table / "whole", flags)
+    asked = 0
+
+    def die(_done: int, _all: int) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 15:  # in the second round
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(table / "cut", flags, die)
+    assert not (table / "cut" / END).exists()
+    # A line that was being written when the power went.
+    with (table / "cut" / RECORD).open("ab") as file:
+        file.write(b'{"number": 2, "rep')
+    assert run(table / "cut", flags)["weights_digest"] == whole["weights_digest"]
+    # And once more: what is complete is only shown.
+    assert run(table / "cut", flags, die) == json.loads((table / "cut" / "summary.json").read_text())
+
+
+def test_a_process_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Real images, whose optimiser's state each client keeps from round to round; kill -9 in the middle."""
+    make_phantoms(tmp_path / "data", 8)
+    flags: dict[str, Any] = {"data": tmp_path / "data", "clients": 4, "fraction": 0.5, "rounds": 8, "local_epochs": 3}
+    command = [sys.executable, "-m", "simulator", *arguments(flags, tmp_path / "cut"), "--option", "image_size=32"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + DEADLINE_S
+        while not (tmp_path / "cut" / RECORD).exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    assert (tmp_path / "cut" / RECORD).exists()
+    assert not (tmp_path / "cut" / END).exists()
+    flags["options"] = ("image_size=32",)
+    gone_on = run(tmp_path / "cut", flags)
+    assert gone_on["weights_digest"] == run(tmp_path / "whole", flags)["weights_digest"]
+    assert not (tmp_path / "cut" / "clients").exists()
+
+
+def test_another_simulation_is_not_mixed_in(table: Path) -> None:
+    run(table / "out", table_flags(table, rounds=1))
+    with pytest.raises(OtherSimulation, match="spec"):
+        run(table / "out", table_flags(table, rounds=2))
+    make_table(table, seed=2)
+    with pytest.raises(OtherSimulation, match="data"):
+        run(table / "out", table_flags(table, rounds=1))
+
+
+def test_a_client_a_file_and_a_test_set(table: Path) -> None:
+    for name in ("north", "south"):
+        (table / name).mkdir()
+        make_table(table / name, rows=90, seed=len(name)).rename(table / f"{name}.csv")
+    (table / "sites").mkdir()
+    for name in ("north", "south"):
+        (table / f"{name}.csv").rename(table / "sites" / f"{name}.csv")
+    flags = table_flags(table, data=table / "sites", partition="sites", test=table / "data.csv", fraction=1.0)
+    summary = run(table / "out", flags)
+    assert summary["clients"] == 2
+    assert summary["test"]["accuracy"] > 0.8
+    assert summary["heldout"] == {}
+    assert "north" in (table / "out" / "clients.csv").read_text()
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------
+
+
+def dropped(out: Path) -> dict[str, int]:
+    """Why answers did not count, by the first word of the reason."""
+    found: dict[str, int] = {}
+    with (out / "participation.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["dropped"]:
+                word = row["dropped"].split()[0]
+                found[word] = found.get(word, 0) + 1
+    return found
+
+
+@pytest.mark.parametrize(("kind", "word"), [("nan", "Tensor"), ("boost", "its")])
+def test_gross_poison_is_refused_as_in_a_deployment(table: Path, kind: str, word: str) -> None:
+    flags = table_flags(table, fraction=1.0, poison=f"0.25:{kind}", strategy="fedavg")
+    summary = run(table / kind, flags)
+    assert summary["refusals"] == 9
+    assert dropped(table / kind) == {word: 9}
+    assert summary["heldout"]["accuracy"] > 0.8
+
+
+def test_subtle_poison_passes_the_checks_and_a_robust_strategy_resists_it(table: Path) -> None:
+    flags = table_flags(table, fraction=1.0, rounds=4, poison="0.4:flip")
+    mean = run(table / "mean", {**flags, "strategy": "fedavg"})
+    middle = run(table / "median", {**flags, "strategy": "fedmedian"})
+    assert mean["refusals"] == middle["refusals"] == 0
+    assert mean["validation"]["val_loss"] > middle["validation"]["val_loss"]
+
+
+def test_slow_sites_are_late_unless_the_round_waits(table: Path) -> None:
+    flags = table_flags(table, fraction=1.0, slow="0.5:3")
+    run(table / "late", flags)
+    assert dropped(table / "late") == {"late": 18}
+    assert run(table / "waited", {**flags, "patience": 3})["clients_answered"] == 36
+
+
+def test_too_few_answers_fail_the_run_with_the_reason(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(simulate_command, arguments(table_flags(table, dropout=1.0), table / "out")) == 1
+    assert "0 of 6 sites answered, 2 are needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [{"dropout": 1.5}, {"slow": "x"}, {"poison": "0.1:arsenic"}, {"patience": 0.5}])
+def test_a_fault_that_cannot_be_is_refused(table: Path, flags: dict[str, Any]) -> None:
+    with pytest.raises(WrongFault):
+        simulation_of(table_flags(table, **flags))
