@@ -50,7 +50,7 @@ def test_every_error_has_a_status() -> None:
 
 def test_what_is_sent_is_what_the_client_knows() -> None:
     sent = {known_code(kind) for kind in every_error()}
-    own = {"corrupt-weights", "wrong-layout"}
+    own = {"corrupt-weights", "wrong-layout", "not-finite", "norm-too-large"}
     assert sent - own <= set(client.KNOWN_ERRORS)
 
 

@@ -15,7 +15,7 @@ from medhive.wire import API
 
 EXAMPLES = 6
 """Of each operation on each database, each sent by four callers: a minute in all."""
-TAGS = ("identity", "sites", "studies", "runs", "blobs", "versions", "events", "health")
+TAGS = ("identity", "sites", "studies", "runs", "blobs", "versions", "queues", "events", "health")
 # What ends a caller's rights would leave nothing to test; each of these has tests of its own.
 LEFT_ALONE = ("/logout", "/revoke", "/leave", "/revoke-tokens", "/accounts/{username}", "/accounts/{username}/password")
 
@@ -30,6 +30,7 @@ class Target:
         run = world.ready(study, hospital)
         world.started(run)
         request = world.admin.post(f"{API}/requests", {"study": study})
+        world.admin.put(f"{API}/studies/{study}/queue", {})
         self.url = world.gateway.url
         self.ca_file = str(ca_file)
         self.names = {"study": study, "site": hospital.site, "run_id": run.id, "request_id": request["id"]}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 from gateway_world import Hospital, World
+from queue_world import agree, open_queue
 
 from medhive.signing import sign
 from medhive.wire import API, LeaveBody, RunAnswer, VersionAnswer
@@ -83,6 +84,22 @@ TABLE = [
     ("POST", "/server/runs/{run}/version-zero", "server"),
     ("POST", "/server/runs/{run}/end", "server"),
     ("POST", "/server/runs/{run}/mlflow", "server"),
+    ("GET", "/studies/{study}/queue", STUDY),
+    ("PUT", "/studies/{study}/queue", "admin"),
+    ("POST", "/studies/{study}/queue/close", "admin"),
+    ("POST", "/studies/{study}/queue/consents", "member"),
+    ("POST", "/studies/{study}/queue/execute", "admin"),
+    ("POST", "/studies/{study}/queue/clear", "admin"),
+    ("GET", "/studies/{study}/queue/executions", "admin analyst member"),
+    ("GET", "/studies/{study}/queue/contributions", "admin analyst member"),
+    ("HEAD", "/studies/{study}/queue/version-zero/blobs/{blob}", "member"),
+    ("PUT", "/studies/{study}/queue/version-zero/blobs/{blob}", "member"),
+    ("POST", "/server/queue/lease", "server"),
+    ("POST", "/server/queue/executions/1/look", "server"),
+    ("POST", "/server/queue/executions/1/end", "server"),
+    ("HEAD", "/server/queue/executions/1/blobs/{blob}", "server"),
+    ("GET", "/server/queue/executions/1/blobs/{blob}", "server"),
+    ("PUT", "/server/queue/executions/1/blobs/{blob}", "server"),
     ("POST", "/logout", KNOWN),
 ]
 REFUSED = {401: "not-authenticated", 403: "not-allowed", 404: "not-found"}
@@ -107,6 +124,7 @@ def scene(world: World) -> Iterator[Scene]:
     version = world.released(study, member, seed=77)
     run = world.ready(study, member)
     request = world.admin.post(f"{API}/requests", {"study": study})
+    agree(member, open_queue(world, study))
     analyst = world.name("analyst")
     password = world.admin.post(f"{API}/accounts", {"username": analyst, "role": "analyst"})["password"]
     tokens = {
@@ -193,6 +211,11 @@ def _body(scene: Scene, path: str) -> object:
         "/sites/{site}/leave": sign(
             LeaveBody(site=scene.member.site, coordinator_key_id="0" * 16, issued_at=run.created_at), scene.member.key
         ).model_dump(mode="json"),
+        "/studies/{study}/queue": {},
+        "/studies/{study}/queue/consents": consent,
+        "/server/queue/lease": {"holder": "x"},
+        "/server/queue/executions/1/look": {"fence": 0},
+        "/server/queue/executions/1/end": {"fence": 0, "state": "failed", "newest_version": 0},
         "/server/nodes/{site}": {},
         "/server/lease": {"holder": "x"},
         "/server/runs/{run}/heartbeat": {"fence": 0},
@@ -206,7 +229,7 @@ def _body(scene: Scene, path: str) -> object:
         return bodies[path]
     return (
         {"reason": ""}
-        if path.rsplit("/", maxsplit=1)[-1] in ("revoke", "approve", "reject", "cancel", "stop")
+        if path.rsplit("/", maxsplit=1)[-1] in ("revoke", "approve", "reject", "cancel", "stop", "close", "clear")
         else None
     )
 

@@ -257,6 +257,18 @@ def test_stale_contributions_bring_their_change_and_not_their_past(tmp_path: Pat
     assert write_average(new, changes, tmp_path / "again.safetensors")[0] == digest
 
 
+def test_a_stale_variance_stays_a_variance(tmp_path: Path) -> None:
+    def net(name: str, variance: float) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        write_weights(path, {"a": np.zeros(300_000, np.float32), "bn.running_var": np.full(7, variance, np.float32)})
+        return path
+
+    newest, old, stale = net("newest", 0.5), net("old", 9.0), net("stale", 0.3)
+    write_average(newest, [Change(stale, old, 0.5)], tmp_path / "out.safetensors")
+    averaged = read_weights(tmp_path / "out.safetensors")
+    assert averaged["bn.running_var"] == pytest.approx(0.4) and not averaged["a"].any()
+
+
 def test_an_overflow_writes_nothing(tmp_path: Path) -> None:
     base, huge = model(tmp_path, "base", np.full(10, 3e38)), model(tmp_path, "huge", np.full(10, 3.3e38))
     low = model(tmp_path, "low", np.full(10, -3e38))

@@ -18,7 +18,7 @@ from api_gateway.patience import Pace
 from api_gateway.renewal import Renewal
 from api_gateway.routes import blobs as blob_routes
 from api_gateway.routes import events as event_routes
-from api_gateway.routes import health, identity, sites, studies, tracking, versions
+from api_gateway.routes import health, identity, queues, sites, studies, tracking, versions
 from api_gateway.routes import runs as run_routes
 from api_gateway.work import Gateway
 from medhive.wire import API, Problem
@@ -49,8 +49,9 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.state.renewal = Renewal(gateway)
     app.state.mlflow_logins = tracking.Remembered()
     errors.install(app)
-    for module in (identity, sites, studies, run_routes, blob_routes, versions, event_routes):
+    for module in (identity, sites, studies, run_routes, blob_routes, versions, queues, event_routes):
         app.include_router(module.router, prefix=API)
+    app.include_router(queues.root)
     app.include_router(health.router)
     app.include_router(tracking.router)
     pace = Pace(gateway.settings.body_window_s, gateway.settings.body_window_bytes)

@@ -9,12 +9,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import ColumnElement, and_, delete, func, select
+from sqlalchemy.orm import Session
 
 from api_gateway.blobstore import Part
-from api_gateway.models import Blob, BlobReference, ConsentRow, Round, Run, Version
+from api_gateway.models import Blob, BlobReference, ConsentRow, ContributionRow, Execution, Round, Run, Version
 from api_gateway.runs import base_digest, get
 from api_gateway.work import Gateway, Work
 from medhive.errors import Conflict, NotAllowed, NotFound, TooLarge
+from medhive.queues import IN_THE_QUEUE, ExecutionState
 from medhive.states import FINAL_RUN_STATES, ConsentState, Role, RoundState
 
 GRACE = timedelta(hours=1)  # how long a file may lie there without a row: a crash between renaming and recording
@@ -76,14 +78,21 @@ def begin_part(work: Work, number: int, digest: str, part: Part) -> tuple[Path, 
         raise Conflict(f"RUN_{number} is over ({run.state}); nothing more can be uploaded.", state=run.state)
     upload = work.gateway.blobs.upload_path(owner, f"RUN_{number}", digest)
     if owner:
-        _require_quota(work, owner, part.total + work.gateway.blobs.unfinished_bytes(upload))
+        require_quota(work, owner, part.total + work.gateway.blobs.unfinished_bytes(upload))
     return upload, owner
 
 
-def _require_quota(work: Work, owner: str, more: int) -> None:
+def require_quota(work: Work, owner: str, more: int) -> None:
+    """Refuse a site more bytes than it may keep here, for runs and waiting in queues together.
+
+    Raises:
+        TooLarge: its quota is used up.
+    """
     query = select(func.coalesce(func.sum(Blob.size_bytes), 0))
     query = query.join(BlobReference, BlobReference.digest == Blob.digest).where(BlobReference.owner == owner)
-    used = int(work.session.execute(query).scalar_one())
+    waiting = select(func.coalesce(func.sum(ContributionRow.size_bytes), 0))
+    waiting = waiting.where(ContributionRow.site == owner, ContributionRow.state.in_(IN_THE_QUEUE))
+    used = int(work.session.execute(query).scalar_one()) + int(work.session.execute(waiting).scalar_one())
     limit = work.gateway.settings.site_quota_bytes
     if used + more > limit:
         raise TooLarge(f"Site {owner} would keep {used + more} bytes here; its quota is {limit}.", limit=limit)
@@ -95,12 +104,17 @@ def keep(gateway: Gateway, upload: Path, number: int, digest: str, owner: str) -
         size = gateway.blobs.finish(upload, digest)
         with gateway.database.write() as session:
             now = gateway.clock()
-            if session.get(Blob, digest) is None:
-                session.add(Blob(digest=digest, size_bytes=size, created_at=now))
-                session.flush()
+            note(session, digest, size, now)
             same = _reference(number, digest, owner)
             if session.scalar(select(BlobReference.id).where(same)) is None:
                 session.add(BlobReference(digest=digest, run_id=number, owner=owner, created_at=now))
+
+
+def note(session: Session, digest: str, size: int, now: datetime) -> None:
+    """Keep that these bytes lie in the store; what needs them says so in the same transaction."""
+    if session.get(Blob, digest) is None:
+        session.add(Blob(digest=digest, size_bytes=size, created_at=now))
+        session.flush()
 
 
 def _reference(number: int, digest: str, owner: str) -> ColumnElement[bool]:
@@ -147,7 +161,10 @@ def release_finished_runs(work: Work, ended_before: datetime) -> None:
 def unreferenced(work: Work) -> list[Blob]:
     """The blobs that nothing refers to any more."""
     referred = select(BlobReference.id).where(BlobReference.digest == Blob.digest).exists()
-    return list(work.session.scalars(select(Blob).where(~referred)))
+    queued = select(ContributionRow.id).where(ContributionRow.digest == Blob.digest)
+    is_queued = queued.where(ContributionRow.state.in_(IN_THE_QUEUE)).exists()
+    result = select(Execution.id).where(Execution.result_digest == Blob.digest, Execution.state == ExecutionState.DUE)
+    return list(work.session.scalars(select(Blob).where(~referred, ~is_queued, ~result.exists())))
 
 
 def sweep(gateway: Gateway) -> tuple[int, int]:

@@ -105,6 +105,14 @@ class BlobStore:
         except FileNotFoundError:
             return 0
 
+    def resume_at(self, upload: Path, digest: str) -> int:
+        """Where an upload goes on. One that is whole and yet no blob ended with a crash at that moment: it comes again."""
+        if self.offset(upload):
+            with self.upload_lock(upload), contextlib.suppress(FileNotFoundError), upload.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == digest:
+                    upload.unlink()
+        return self.offset(upload)
+
     def unfinished_bytes(self, upload: Path) -> int:
         """What the owner's other unfinished uploads take.
 

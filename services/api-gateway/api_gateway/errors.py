@@ -52,6 +52,8 @@ STATUS: Mapping[str, HTTPStatus] = MappingProxyType(
         # What the core's own modules raise about weights and strategies that were sent here.
         "corrupt-weights": HTTPStatus.UNPROCESSABLE_ENTITY,
         "wrong-layout": HTTPStatus.UNPROCESSABLE_ENTITY,
+        "not-finite": HTTPStatus.UNPROCESSABLE_ENTITY,
+        "norm-too-large": HTTPStatus.UNPROCESSABLE_ENTITY,
     }
 )
 

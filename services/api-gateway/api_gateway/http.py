@@ -32,6 +32,7 @@ MAX_JSON_DEPTH = 60
 READING = ("GET", "HEAD", "OPTIONS")
 # Ids are written as people read them; 12 digits stay within every integer on the way.
 RequestId = Annotated[str, Path(pattern=r"^REQ_[1-9][0-9]{0,11}$")]
+UPLOAD = "/upload"
 RunId = Annotated[str, Path(pattern=r"^RUN_[1-9][0-9]{0,11}$")]
 VersionNumber = Annotated[int, Path(ge=0, le=MAX_NUMBER)]
 BlobDigest = Annotated[Digest, Path()]
@@ -218,8 +219,10 @@ class _Exchange:
         self._began = time.monotonic()
         self._status = 0
         self._bytes = 0
-        # Blobs have limits of their own and never lie in memory.
-        self._limited = not ("/blobs/" in scope["path"] and scope["method"] == "PUT")
+        # Weights have limits of their own and never lie in memory.
+        self._limited = (scope["method"], scope["path"]) != ("POST", UPLOAD) and not (
+            "/blobs/" in scope["path"] and scope["method"] == "PUT"
+        )
 
     def require_length(self) -> None:
         length = Headers(scope=self._scope).get("Content-Length", "0")

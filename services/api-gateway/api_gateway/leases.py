@@ -174,16 +174,11 @@ def version_zero(work: Work, number: int, body: VersionZero) -> VersionAnswer:
         NotFound: the digest is no blob of this run.
     """
     run = _running(work, number, body.fence)
-    present = versions.find(work, run.study, 0)
-    if present is not None:
-        if present.digest != body.digest:
-            raise Conflict(
-                f"The study {run.study} has another version 0 than {body.digest}; hospitals' software must agree.",
-                digest=present.digest,
-            )
-        return versions.to_answer(work, present)
+    if versions.same_zero(work, run.study, body.digest):
+        return versions.to_answer(work, versions.get(work, run.study, 0))
     blobs.make_global(work, run, body.digest)
-    version = versions.create(work, run, 0, versions.Content(body.digest, statistics=body.statistics))
+    content = versions.Content(body.digest, statistics=body.statistics)
+    version = versions.create(work, versions.of_run(run, 0), 0, content)
     run.updated_at = work.now
     return versions.to_answer(work, version)
 
@@ -224,7 +219,7 @@ def _release(work: Work, run: Run, body: RunEnd) -> None:
     number = versions.next_number(work, run.study)
     sites = body.sites or runs.last_closed_sites(work, run)
     content = versions.Content(body.digest, body.metrics, body.confusion, sites, body.statistics)
-    version = versions.create(work, run, number, content)
+    version = versions.create(work, versions.of_run(run, number), number, content)
     run.version = version.number
     versions.make_candidate(work, version)
 

@@ -2,7 +2,7 @@
 
 from sqlalchemy import select
 
-from api_gateway import runs, versions
+from api_gateway import queues, runs, versions
 from api_gateway.events import Kind
 from api_gateway.models import ConsentRow, Member, Run, Site
 from api_gateway.work import Work
@@ -41,7 +41,11 @@ def remove(work: Work, study: str, site: str) -> None:
 
 
 def end_consents(work: Work, study: str, site: str, reason: str) -> None:
-    """Decline what the site has not answered and withdraw what it has granted, in all runs that are not over."""
+    """Decline what the site has not answered and withdraw what it has granted, in all runs that are not over.
+
+    What waits of it in the study's queue is taken out.
+    """
+    queues.end_part(work, study, site, reason)
     query = select(ConsentRow, Run).join(Run, Run.id == ConsentRow.run_id)
     query = query.where(Run.study == study, ConsentRow.site == site, Run.state.not_in(FINAL_RUN_STATES))
     for consent, run in work.session.execute(query).all():

@@ -308,3 +308,72 @@ class CountersignatureRow(Base):
     agrees: Mapped[bool]
     document: Mapped[dict[str, Any]] = mapped_column(JSON)
     received_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class Queue(Base):
+    """A study's contribution queue; QUEUE_n. At most one of a study is open."""
+
+    __tablename__ = "queues"
+    id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
+    study: Mapped[str] = mapped_column(ForeignKey("studies.name"), index=True)
+    open: Mapped[bool]
+    spec: Mapped[dict[str, Any]] = mapped_column(JSON)
+    spec_hash: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class QueueConsent(Base):
+    """Every statement that a site signed about a queue; its newest one counts, a nonce counts once."""
+
+    __tablename__ = "queue_consents"
+    __table_args__ = (UniqueConstraint("site", "nonce"),)
+    id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
+    queue_id: Mapped[int] = mapped_column(ForeignKey("queues.id"), index=True)
+    site: Mapped[str] = mapped_column(ForeignKey("sites.name"), index=True)
+    nonce: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(Text)
+    document: Mapped[dict[str, Any]] = mapped_column(JSON)
+    received_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class Execution(Base):
+    """One average of a queue. `fence` counts the holders of its lease; `result_digest` is an average that was sent."""
+
+    __tablename__ = "executions"
+    id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
+    queue_id: Mapped[int] = mapped_column(ForeignKey("queues.id"), index=True)
+    state: Mapped[str] = mapped_column(Text, index=True)
+    asked_by: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcTime)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    reason: Mapped[str] = mapped_column(Text, default="")
+    version: Mapped[int | None]
+    result_digest: Mapped[str | None] = mapped_column(Text)
+    end_report: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    holder: Mapped[str | None] = mapped_column(Text)
+    fence: Mapped[int] = mapped_column(default=0)
+    lease_expires_at: Mapped[datetime | None] = mapped_column(UtcTime)
+
+
+class ContributionRow(Base):
+    """One contribution to a queue, with the manifest that its site signed and, once it is averaged, its lineage."""
+
+    __tablename__ = "contributions"
+    __table_args__ = (UniqueConstraint("queue_id", "site", "digest"),)
+    id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
+    queue_id: Mapped[int] = mapped_column(ForeignKey("queues.id"))
+    consent_id: Mapped[int] = mapped_column(ForeignKey("queue_consents.id"), index=True)
+    site: Mapped[str] = mapped_column(ForeignKey("sites.name"), index=True)
+    state: Mapped[str] = mapped_column(Text, index=True)
+    digest: Mapped[str] = mapped_column(Text, index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    base_version: Mapped[int]
+    examples: Mapped[int] = mapped_column(BigInteger)
+    manifest: Mapped[dict[str, Any]] = mapped_column(JSON)
+    source_address: Mapped[str] = mapped_column(Text)
+    received_at: Mapped[datetime] = mapped_column(UtcTime)
+    execution_id: Mapped[int | None] = mapped_column(ForeignKey("executions.id"), index=True)
+    staleness: Mapped[int | None]
+    weight: Mapped[float | None]
+    version: Mapped[int | None]
+    reason: Mapped[str] = mapped_column(Text, default="")

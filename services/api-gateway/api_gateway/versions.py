@@ -12,10 +12,11 @@ from sqlalchemy import func, select
 
 from api_gateway import blobs
 from api_gateway.events import Kind
-from api_gateway.models import DecisionRow, Member, Run, Study, Version
+from api_gateway.models import Blob, ContributionRow, DecisionRow, Member, Queue, Run, Study, Version
 from api_gateway.work import Work, transition
 from medhive.consent import CLOCK_TOLERANCE
 from medhive.errors import BadSignature, Conflict, Expired, NotAllowed, NotFound
+from medhive.queues import IN_THE_QUEUE
 from medhive.signing import sign
 from medhive.spec import StudyData
 from medhive.states import (
@@ -53,6 +54,27 @@ def next_number(work: Work, study: str) -> int:
     return (newest or 0) + 1
 
 
+def newest(work: Work, study: str) -> Version | None:
+    """The version that training starts from: the newest that is not held and whose bytes are kept."""
+    query = select(Version).where(Version.study == study, Version.bytes_kept, Version.state != VersionState.HELD)
+    return work.session.scalar(query.order_by(Version.number.desc()).limit(1))
+
+
+def same_zero(work: Work, study: str, digest: str) -> bool:
+    """Whether the study has these initial weights; False while it has none.
+
+    Raises:
+        Conflict: it has others.
+    """
+    present = find(work, study, 0)
+    if present is not None and present.digest != digest:
+        raise Conflict(
+            f"The study {study} has another version 0 than {digest}; hospitals' software must agree.",
+            digest=present.digest,
+        )
+    return present is not None
+
+
 @dataclass(frozen=True)
 class Content:
     """What a version is made of: weights by digest, figures, the sites that gave to it, sums over their tables."""
@@ -64,24 +86,41 @@ class Content:
     statistics: dict[str, list[float]] = field(default_factory=dict)
 
 
-def create(work: Work, run: Run, number: int, content: Content) -> Version:
-    """Register weights, already a blob of the run, as a version, with a manifest under the coordinator's signature.
+@dataclass(frozen=True)
+class Origin:
+    """What made a version: a run (`run_id` RUN_n), or a queue (`run_id` QUEUE_n), in whose lineage it then is."""
+
+    study: str
+    run_id: str
+    spec_hash: str
+    base_version: int | None
+    rounds: int
+    run: int | None = None
+
+
+def of_run(run: Run, number: int) -> Origin:
+    """A version's origin in a run; version 0 is made before its first round."""
+    base, rounds = (run.spec["base_version"], run.round) if number else (None, 0)
+    return Origin(run.study, f"RUN_{run.id}", run.spec_hash, base, rounds, run.id)
+
+
+def create(work: Work, origin: Origin, number: int, content: Content) -> Version:
+    """Register weights, complete in the blob store, as a version, with a manifest under the coordinator's signature.
 
     Raises:
-        NotFound: the digest is no blob of the run.
         CorruptWeights: the blob holds no packed weights.
     """
-    size = blobs.make_global(work, run, content.digest)
+    size = work.session.get_one(Blob, content.digest).size_bytes
     layout = work.gateway.blobs.layout(content.digest)
-    manifest = _manifest(work, run, number, content, size)
+    manifest = _manifest(work, origin, number, content, size)
     version = Version(
-        study=run.study,
+        study=origin.study,
         number=number,
         state=VersionState.RELEASED,
         digest=content.digest,
         size_bytes=size,
         layout_digest=layout.digest(),
-        run_id=run.id,
+        run_id=origin.run,
         rounds=manifest.rounds,
         metrics=content.metrics,
         confusion=content.confusion,
@@ -96,8 +135,8 @@ def create(work: Work, run: Run, number: int, content: Content) -> Version:
     return version
 
 
-def _manifest(work: Work, run: Run, number: int, content: Content, size: int) -> ManifestBody:
-    study = work.session.get_one(Study, run.study)
+def _manifest(work: Work, origin: Origin, number: int, content: Content, size: int) -> ManifestBody:
+    study = work.session.get_one(Study, origin.study)
     counted = [site for site in content.sites if site.answered and not site.dropped]
     return ManifestBody(
         study=study.name,
@@ -106,11 +145,11 @@ def _manifest(work: Work, run: Run, number: int, content: Content, size: int) ->
         data=StudyData.model_validate(study.data),
         digest=content.digest,
         size_bytes=size,
-        run_id=f"RUN_{run.id}",
-        spec_hash=run.spec_hash,
-        base_version=run.spec["base_version"] if number else None,
-        rounds=run.round if number else 0,
-        sites=tuple(site.site for site in counted),
+        run_id=origin.run_id,
+        spec_hash=origin.spec_hash,
+        base_version=origin.base_version,
+        rounds=origin.rounds,
+        sites=tuple(dict.fromkeys(site.site for site in counted)),
         examples=sum(site.examples for site in counted),
         metrics=content.metrics,
         statistics=content.statistics,
@@ -120,7 +159,7 @@ def _manifest(work: Work, run: Run, number: int, content: Content, size: int) ->
 
 def _record(work: Work, version: Version, kind: Kind, site: str | None = None, **data: object) -> None:
     subject = f"version {version.number} of {version.study}"
-    run_id = f"RUN_{version.run_id}" if version.run_id else None
+    run_id = version.manifest["body"]["run_id"]
     work.record(kind, subject, study=version.study, run_id=run_id, site=site, version=version.number, **data)
 
 
@@ -216,7 +255,7 @@ def to_answer(work: Work, version: Version) -> VersionAnswer:
         state=VersionState(version.state),
         digest=version.digest,
         size_bytes=version.size_bytes,
-        run_id=f"RUN_{version.run_id}" if version.run_id else None,
+        run_id=version.manifest["body"]["run_id"],
         rounds=version.rounds,
         metrics=version.metrics,
         confusion=version.confusion,
@@ -328,8 +367,9 @@ def export(work: Work, study: str, number: int, site: str) -> VersionAnswer:
 def clean_up(work: Work, body: Cleanup) -> CleanupAnswer:
     """Retire old versions and let go of what finished runs have left; the caller sweeps the files after the commit.
 
-    Kept in each study are: the newest `keep` versions, the candidate, version 0, every version that a site has accepted, and
-    those that an unfinished run starts from. A dry run undoes everything once it knows what it would have been.
+    Kept in each study are: the newest `keep` versions, the candidate, version 0, every version that a site has accepted,
+    those that an unfinished run starts from, and those that a waiting contribution began from. A dry run undoes everything
+    once it knows what it would have been.
     """
     with work.session.begin_nested() as savepoint:
         retired = _retire(work, body)
@@ -375,4 +415,7 @@ def _needed(work: Work, study: str) -> set[int]:
     )
     unfinished = (RunState.CONSENTING, RunState.READY, RunState.RUNNING)
     runs = work.session.scalars(select(Run).where(Run.study == study, Run.state.in_(unfinished)))
-    return set(work.session.scalars(accepted)) | {run.spec["base_version"] for run in runs}
+    waiting = select(ContributionRow.base_version).join(Queue, Queue.id == ContributionRow.queue_id)
+    waiting = waiting.where(Queue.study == study, ContributionRow.state.in_(IN_THE_QUEUE))
+    bases = {run.spec["base_version"] for run in runs} | set(work.session.scalars(waiting))
+    return set(work.session.scalars(accepted)) | bases

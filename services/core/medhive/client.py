@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Literal
 
 import httpx
 from pydantic import ValidationError
@@ -75,6 +75,19 @@ class Trust:
         if self.extra_ca_file:
             context.load_verify_locations(cafile=self.extra_ca_file)
         return context
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Which bytes of an upload a part holds; `stop` is exclusive."""
+
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def content_range(self) -> str:
+        return f"bytes {self.start}-{self.stop - 1}/{self.total}"
 
 
 def introduce(address: str, nonce: str = "") -> CoordinatorAnswer:
@@ -271,24 +284,32 @@ class GatewayClient:
                 return _copy(pieces, file, have, total, max_bytes, on_progress)
 
     def upload(
-        self, path: str, source: Path, on_progress: Progress | None = None, sealing: SiteSealing | None = None
+        self,
+        path: str,
+        source: Path,
+        on_progress: Progress | None = None,
+        sealing: SiteSealing | None = None,
+        *,
+        method: Literal["PUT", "POST"] = "PUT",
+        headers: Mapping[str, str] | None = None,
     ) -> int:
         """Send a file to its content-addressed place, resuming where the store stopped; returns the bytes sent.
 
-        The store is asked first (HEAD: `Upload-Offset`, or 200 when it has the whole), then gets parts by PUT with
-        `Content-Range`; with `sealing` each part is sealed for the coordinator by itself.
+        The store is asked first (HEAD: `Upload-Offset`, or 200 when it has the whole), then gets parts with
+        `Content-Range`; with `sealing` each part is sealed for the coordinator by itself. `headers` go with each exchange.
         """
         size = source.stat().st_size
         sent = 0
         failures = 0
-        asking = {SEAL_HEADER: WANTED} if sealing else {}
+        own = dict(headers or {})
+        asking = own | ({SEAL_HEADER: WANTED} if sealing else {})
         offset = self._upload_offset(path, size, asking)
         with source.open("rb") as file:
             while offset < size:
                 file.seek(offset)
                 stop = min(size, offset + CHUNK_BYTES)
                 try:
-                    self._put_part(path, file, offset, stop, size, sealing)
+                    self._send_part(method, path, file, _Span(offset, stop, size), own, sealing)
                 except (Unreachable, Conflict) as error:
                     failures += 1
                     if failures >= TRIES or not _may_go_on(error):
@@ -310,17 +331,23 @@ class GatewayClient:
             _raise_problem(answer)
         return size
 
-    def _put_part(  # noqa: PLR0917
-        self, path: str, file: BinaryIO, start: int, stop: int, size: int, sealing: SiteSealing | None
+    def _send_part(  # noqa: PLR0917
+        self,
+        method: Literal["PUT", "POST"],
+        path: str,
+        file: BinaryIO,
+        span: "_Span",
+        own: dict[str, str],
+        sealing: SiteSealing | None,
     ) -> None:
-        headers = {"Content-Range": f"bytes {start}-{stop - 1}/{size}", "Content-Type": "application/octet-stream"}
+        headers = own | {"Content-Range": span.content_range, "Content-Type": "application/octet-stream"}
         if sealing is None:
-            chunk = file.read(stop - start)
+            chunk = file.read(span.stop - span.start)
         else:
-            seal, chunk = sealing.part(path, file, start, stop)
+            seal, chunk = sealing.part(path, file, span.start, span.stop, method)
             headers |= seal
         with self._translated():
-            answer = self._http.put(path, content=chunk, headers=headers)
+            answer = self._http.request(method, path, content=chunk, headers=headers)
         if answer.is_error:
             _raise_problem(answer)
 

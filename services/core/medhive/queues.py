@@ -37,6 +37,8 @@ MAX_CAPACITY = 1000
 """A hundred times the default; more hospitals are served by more executions."""
 MAX_STALENESS = 1000
 """Versions. A change that is a thousand versions old says nothing about the newest one."""
+VARIANCES = "running_var"
+"""How PyTorch's batch normalisation ends the name of what it keeps."""
 MAX_METRICS = 40
 """Plain metrics of a contribution; figures of a thousand classes belong into a run, whose envelope has room for them."""
 
@@ -338,10 +340,11 @@ def write_average(
     """
     start = WeightsFile.at(newest)
     files = [(_like(start.layout, item.weights), _like(start.layout, item.base), item.weight) for item in changes]
+    variances = _variances(start.layout)
     square = 0.0
     with FlatWriter(out, start.layout) as writer, np.errstate(all="ignore"):
         for window in windows(start.layout.size):
-            new, moved = _window(start, files, window)
+            new, moved = _window(start, files, window, variances)
             if not np.isfinite(new).all():
                 raise AggregateNotFinite(
                     "The average overflowed; look at the contributions' norms, and clear the queue."
@@ -358,14 +361,27 @@ def _like(layout: Layout, path: Path) -> WeightsFile:
     return file
 
 
+def _variances(layout: Layout) -> tuple[slice, ...]:
+    """Where a network keeps variances of its batches."""
+    places = zip(layout.names, layout.offsets, layout.shapes, strict=True)
+    return tuple(slice(at, at + math.prod(shape)) for name, at, shape in places if name.endswith(VARIANCES))
+
+
 def _window(
-    start: WeightsFile, files: Sequence[tuple[WeightsFile, WeightsFile, float]], window: slice
+    start: WeightsFile,
+    files: Sequence[tuple[WeightsFile, WeightsFile, float]],
+    window: slice,
+    variances: Sequence[slice],
 ) -> tuple[Flat, float]:
     """One window of the result, and the square of its change."""
     old = start.read(window.start, window.stop)
     change = np.zeros(old.shape, np.float64)
     for weights, base, weight in files:
         before = base.read(window.start, window.stop)
+        for place in variances:
+            # Mixed with the newest as they stand: a stale change of a variance could make it negative.
+            inside = slice(max(place.start - window.start, 0), max(place.stop - window.start, 0))
+            before[inside] = old[inside]
         change += weight * (weights.read(window.start, window.stop).astype(np.float64) - before)
     return (old + change).astype(np.float32), squared_norm(change)
 

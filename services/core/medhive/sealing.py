@@ -46,7 +46,7 @@ SUITE: Final = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.CHACHA20_POLY1305)
 class SealContext(Frozen):
     """Everything that one sealed transfer is bound to. For a GET `stop` is 0: to the end."""
 
-    method: Literal["GET", "PUT"]
+    method: Literal["GET", "PUT", "POST"]
     path: str = Field(max_length=300)
     site: Name
     coordinator_key_id: str = Field(pattern=r"^[0-9a-f]{16}$")
@@ -295,7 +295,9 @@ class SiteSealing:
     coordinator_sealing_key: str
     now: Callable[[], datetime]
 
-    def _context(self, method: Literal["GET", "PUT"], path: str, reader: str, start: int, stop: int) -> SealContext:
+    def _context(
+        self, method: Literal["GET", "PUT", "POST"], path: str, reader: str, start: int, stop: int
+    ) -> SealContext:
         return SealContext(
             method=method,
             path=path,
@@ -315,9 +317,11 @@ class SiteSealing:
         headers = {REQUEST_HEADER: to_header(sign(SealRequest(context=context), self.key))}
         return headers, lambda header: Opener(seal_from(header), context, self.coordinator, reader)
 
-    def part(self, path: str, file: BinaryIO, start: int, stop: int) -> tuple[dict[str, str], bytes]:
+    def part(
+        self, path: str, file: BinaryIO, start: int, stop: int, method: Literal["PUT", "POST"] = "PUT"
+    ) -> tuple[dict[str, str], bytes]:
         """Header and body of a part: the next `stop - start` bytes of the file, sealed for the coordinator."""
-        sealer = Sealer(self._context("PUT", path, self.coordinator_sealing_key, start, stop), self.key)
+        sealer = Sealer(self._context(method, path, self.coordinator_sealing_key, start, stop), self.key)
         return {SEAL_HEADER: to_header(sealer.seal)}, b"".join(sealer.chunks(file, stop - start))
 
 

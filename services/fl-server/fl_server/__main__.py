@@ -12,8 +12,8 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import structlog
 
@@ -25,6 +25,7 @@ from fl_server.locking import FolderLock
 from fl_server.logs import log_json
 from fl_server.monitoring import Figures, Leases
 from fl_server.nodes import NodeRegistry
+from fl_server.queues import Averager
 from fl_server.settings import PREFIX, ServerSettings
 from fl_server.supervisor import Relay, Service, Supervisor, require_free_port
 from medhive.client import GatewayClient
@@ -36,6 +37,8 @@ from medhive.wire import API, CoordinatorAnswer
 STEP_S = 1.0
 """How soon an approved run starts, a dead process is noticed, a new hospital's node is registered."""
 GATEWAY_POLL_S = 0.5
+AVERAGER_GRACE_S = 1.0
+"""For the averager to notice the end; what it was at is done again by the next life."""
 
 log = structlog.get_logger()
 
@@ -124,13 +127,34 @@ class Server:
         )
         figures.registry.register(Leases(dispatcher.lease_ages))
         pending = [dispatcher.stop_stale, lambda: self._say("ready")]
-        with _metrics(settings, figures):
+        with _metrics(settings, figures), self._averaging():
             while not self._stopped.is_set():
                 if "superexec" in supervisor.look():
                     pending.append(dispatcher.restart_all)
                 # In this order: a run must find the nodes of its sites registered.
                 self._try_all([*pending, nodes.sync, dispatcher.step], pending)
                 self._stopped.wait(STEP_S)
+
+    @contextmanager
+    def _averaging(self) -> Iterator[None]:
+        """Average what waits in queues on a thread of its own, whose transfers and sums hold up no run."""
+        settings = self._settings
+        with settings.gateway() as gateway:
+            averager = Averager(
+                gateway=gateway,
+                holder=settings.holder(),
+                coordinator_key_id=settings.coordinator_key().public.key_id,
+                folder=settings.state_dir / "queue",
+                say=self._say,
+                stopped=self._stopped,
+            )
+            thread = threading.Thread(target=averager.serve, name="averager", daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                self._stopped.set()
+                thread.join(AVERAGER_GRACE_S)
 
     def _try_all(self, steps: Sequence[Callable[[], None]], pending: list[Callable[[], None]]) -> None:
         """Do the steps in order; what is pending stays so until it was done once. An outage ends the pass."""

@@ -36,8 +36,8 @@ def ask(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep) -> R
         if blobs.readable(work, run, digest):
             size = store.path(digest).stat().st_size
             return Response(headers={"Content-Length": str(size), "Accept-Ranges": "bytes"})
-        offset = store.offset(store.upload_path(blobs.owner_of(work), run_id, digest))
-    return Response(status_code=404, headers={"Upload-Offset": str(offset)})
+        upload = store.upload_path(blobs.owner_of(work), run_id, digest)
+    return Response(status_code=404, headers={"Upload-Offset": str(store.resume_at(upload, digest))})
 
 
 @router.get(PATH, response_class=Response, responses={200: BINARY, 206: BINARY})
@@ -58,23 +58,38 @@ def fetch(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep) ->
 )
 async def send(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep) -> Response:
     """One part of at most 8 MiB; Content-Range says which. The last one completes the blob."""
-    part = Part.parse(request.headers.get("Content-Range"), _length(request))
+    part = Part.parse(request.headers.get("Content-Range"), content_length(request))
     upload, owner, opener = await run_in_threadpool(_begin, call, request, number_of(run_id), digest, part)
-    store = call.gateway.blobs
-    lock = store.upload_lock(upload)
+    done = await received(
+        call, request, upload, part, opener, lambda: blobs.keep(call.gateway, upload, number_of(run_id), digest, owner)
+    )
+    return done or Response(status_code=201, headers={"Location": str(request.url.path)})
+
+
+async def received(  # noqa: PLR0917
+    call: Call, request: Request, upload: Path, part: Part, opener: Opener | None, complete: Callable[[], object]
+) -> Response | None:
+    """Append the body to an upload, and complete it after its last part; the answer when more is to come, else None.
+
+    Raises:
+        Conflict: the part does not begin where the last one ended.
+        InvalidInput, SealBroken: the body is not what was announced; what has come before is kept.
+        NoSpace: the disk is full.
+    """
+    lock = call.gateway.blobs.upload_lock(upload)
     await run_in_threadpool(lock.__enter__)
     try:
         await _append(call, request, upload, part, opener)
         if part.stop < part.total:
             return Response(status_code=200, headers={"Upload-Offset": str(part.stop)})
-        await run_in_threadpool(blobs.keep, call.gateway, upload, number_of(run_id), digest, owner)
+        await run_in_threadpool(complete)
     finally:
         lock.__exit__(None, None, None)
-    return Response(status_code=201, headers={"Location": str(request.url.path)})
+    return None
 
 
-def _length(request: Request) -> int | None:
-    """Of the content itself, which a sealed body is a little longer than."""
+def content_length(request: Request) -> int | None:
+    """The length of the content itself, which a sealed body is a little longer than."""
     text = request.headers.get("Content-Length", "")
     length = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
     return plain_length(length) if length is not None and SEAL_HEADER in request.headers else length
