@@ -245,7 +245,7 @@ def test_every_named_model_trains_and_its_weights_survive_the_round_trip(name: s
     first, second = finish(space.train(start, plan)), finish(space.train(start, plan))
     assert same(first.weights, second.weights)  # also with dropout
     assert all(array.dtype == np.float32 for array in first.weights.values())
-    model = build_model(name, channels=3, classes=4, seed=0)
+    model = build_model(name, channels=3, classes=4, seed=0, side=32)
     load_weights(model, first.weights)
     assert same(export_weights(model), first.weights)
 

@@ -201,3 +201,19 @@ def test_too_few_answers_fail_the_run_with_the_reason(table: Path, capsys: pytes
 def test_a_fault_that_cannot_be_is_refused(table: Path, flags: dict[str, Any]) -> None:
     with pytest.raises(WrongFault):
         simulation_of(table_flags(table, **flags))
+
+
+def test_strategies_are_compared_under_faults(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = table_flags(table, fraction=1.0, rounds=2, poison="0.4:flip", compare="fedavg,FedMedian")
+    assert main(simulate_command, [*arguments(flags, table / "out"), "--json"]) == 0
+    cells = {(cell["strategy"], cell["fault"]): cell for cell in json.loads(capsys.readouterr().out)}
+    assert set(cells) == {(name, fault) for name in ("fedavg", "fedmedian") for fault in ("none", "flip 0.4")}
+    assert all(cell["accuracy"] > 0.5 for cell in cells.values())
+    # The table is the simulations' own: each can be looked into.
+    summary = json.loads((table / "out" / "fedmedian" / "flip-0.4" / "summary.json").read_text())
+    assert summary["heldout"]["accuracy"] == cells["fedmedian", "flip 0.4"]["accuracy"]
+    assert main(simulate_command, arguments(flags, table / "out")) == 0
+    assert "flip 0.4" in capsys.readouterr().out
+    assert len((table / "out" / "comparison.csv").read_text().splitlines()) == 5
+    assert main(simulate_command, arguments({**flags, "compare": "fedavgg"}, table / "out2")) == 1
+    assert "Did you mean fedavg?" in capsys.readouterr().err

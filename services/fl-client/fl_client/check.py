@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fl_client.tasks.base import DataReport, LocalOptions, OnProgress, load_task
 from fl_client.tasks.errors import DataFolderMissing
+from fl_client.tasks.packed_images import packed_classes, packed_files
 from medhive.errors import InvalidInput
 from medhive.spec import StudyData
 from medhive.terminal import build
@@ -39,8 +40,10 @@ def study_of_folder(path: Path) -> StudyData:
     """A stand-in study for `check-data` before any study exists: the folder's own class folders are its classes.
 
     Raises:
-        DataFolderMissing: there are not two folders.
+        DataFolderMissing: there are not two folders, nor packed images of two classes.
     """
+    if packed_files(path):
+        return StudyData(classes=packed_classes(path))
     folders = (
         sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
     )

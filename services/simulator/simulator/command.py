@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,7 @@ from medhive.terminal import (
 )
 
 if TYPE_CHECKING:
+    from simulator.run import Listener
     from simulator.study import Simulation
 
 BACKENDS: Final = ("inline",)
@@ -85,6 +87,9 @@ NOT_SIMULATED: Final = ("deadline_s", "consent_deadline_s")  # nobody waits for 
 @click.option("--slow", metavar="SHARE[:FACTOR]", help="Share of clients that need so many times the work [10].")
 @click.option("--patience", type=float, help="How many times a normal client's work a round waits for [2].")
 @click.option("--poison", metavar="SHARE:KIND", help="Share of clients that send nan, boost, flip, noise or labels.")
+@click.option(
+    "--compare", metavar="STRATEGIES", help="Compare all, or those named, under each fault; alone: the usual faults."
+)
 @click.option("--forget", is_flag=True, help="Clients keep no optimiser's state from round to round.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="inline", show_default=True, help="Where clients run.")
 @click.option(
@@ -105,6 +110,10 @@ def simulate_command(terminal: Terminal, /, **given: Any) -> None:
     The result folder gets the curves, tables, a summary, the weights and a page to open. A simulation that was stopped goes
     on when the same command is given again, and ends with the same bits.
     """
+    strategies = given.pop("compare")
+    if strategies is not None:
+        _compare(terminal, given, strategies)
+        return
     summary = _run(terminal, given)
     terminal.result(summary, lambda: _show(terminal, summary))
     if summary["state"] != "completed":
@@ -113,16 +122,36 @@ def simulate_command(terminal: Terminal, /, **given: Any) -> None:
 
 
 def _run(terminal: Terminal, given: dict[str, Any]) -> dict[str, Any]:
-    from simulator.run import Listener, simulate  # noqa: PLC0415 - seconds of imports that --help need not pay
+    from simulator.run import simulate  # noqa: PLC0415 - seconds of imports that --help need not pay
 
     out, mlflow_uri = given.pop("out"), given.pop("mlflow_uri")
     simulation = simulation_of(given)
+    with _watching(terminal, out) as listener:
+        return simulate(simulation, out, listener, mlflow_uri)
+
+
+def _compare(terminal: Terminal, given: dict[str, Any], text: str) -> None:
+    from simulator.compare import compare, rows_of, strategies_of  # noqa: PLC0415
+
+    out, _ = given.pop("out"), given.pop("mlflow_uri")
+    strategies = strategies_of(text)
+    simulation = simulation_of(given)
+    with _watching(terminal, out) as listener:
+        cells = compare(simulation, strategies, out, listener)
+    terminal.result([asdict(cell) for cell in cells], lambda: terminal.table(*rows_of(cells)))
+
+
+@contextmanager
+def _watching(terminal: Terminal, out: Path) -> Iterator["Listener"]:
+    """The log in the folder, lines and a bar on the terminal."""
+    from simulator.run import Listener  # noqa: PLC0415
+
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(_logging_to(out / LOG))
         reading = stack.enter_context(terminal.progress("reading the data"))
         training = stack.enter_context(terminal.progress("clients"))
-        return simulate(simulation, out, Listener(reading, terminal.note, training), mlflow_uri)
+        yield Listener(reading, terminal.note, training)
 
 
 def simulation_of(flags: Mapping[str, Any]) -> "Simulation":

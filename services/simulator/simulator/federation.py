@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,16 +34,22 @@ class Source:
     study: StudyData
     device: str = "cpu"
 
-    def open(self, path: Path, secret: bytes, on_progress: OnProgress | None = None) -> Workspace:
-        """Read one folder or file.
+    def open(
+        self,
+        path: Path,
+        secret: bytes,
+        on_progress: OnProgress | None = None,
+        subset: Literal["train", "test"] = "train",
+    ) -> Workspace:
+        """Read one folder or file; of packed images the subset that its publisher set apart.
 
         Raises:
             MedHiveError: the data do not fit the study, by cause.
         """
         if not path.exists():
             raise NotFound(f"There is nothing at {path}; give the data's folder or file.", folder=str(path))
-        task = load_task(self.task)
-        return task.open(path, self.study, secret, device=self.device, on_progress=on_progress, local=LocalOptions())
+        task, local = load_task(self.task), LocalOptions(subset=subset)
+        return task.open(path, self.study, secret, device=self.device, on_progress=on_progress, local=local)
 
 
 class Federation(Protocol):

@@ -5,13 +5,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fl_client.local_round import evaluated
 from fl_client.tasks import PARTS, Judged, Workspace, completed
 from fl_client.tasks.errors import NotEnoughExamples
+from fl_client.tasks.packed_images import read_packed
 from fl_server.checkpoint import write_durably
 from fl_server.collect import SystemClock, Watch
 from fl_server.locking import FolderLock
@@ -45,8 +46,47 @@ class Listener:
     on_progress: Callable[[int, int], None]
 
 
-def simulate(simulation: Simulation, out: Path, listener: Listener, mlflow_uri: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Prepared:
+    """Data that were read: the clients with theirs, and what judges the model. Strategy and faults may still be any."""
+
+    federation: Federation
+    tester: "_Tester"
+
+
+def prepare(simulation: Simulation, listener: Listener) -> Prepared:
+    """Read the data and deal them out.
+
+    Raises:
+        MedHiveError: the data or the partition do not fit, by cause.
+    """
+    source = Source(simulation.spec.task, simulation.data, simulation.spec.data, simulation.device)
+    federation = read_federation(
+        source,
+        simulation.partition,
+        simulation.clients,
+        simulation.spec.options.seed,
+        trained=simulation.trained,
+        on_progress=listener.on_reading,
+    )
+    return Prepared(federation, _Tester(simulation, source, listener))
+
+
+def simulate(
+    simulation: Simulation,
+    out: Path,
+    listener: Listener,
+    mlflow_uri: str | None = None,
+    prepared: Prepared | None = None,
+) -> dict[str, Any]:
     """Run a simulation, or go on with it, and return its summary, which is in the folder too.
+
+    Args:
+        simulation: what to run.
+        out: the result folder.
+        listener: who watches.
+        mlflow_uri: where the MLflow run goes, if anywhere.
+        prepared: its data, where they were read already.
 
     Raises:
         OtherSimulation: `out` holds another one.
@@ -56,27 +96,10 @@ def simulate(simulation: Simulation, out: Path, listener: Listener, mlflow_uri: 
     out.mkdir(parents=True, exist_ok=True)
     with FolderLock(out, "medhive-simulate", "choose another --out"):
         remove_leftovers(out, age_s=0)
-        source = Source(simulation.spec.task, simulation.data, simulation.spec.data, simulation.device)
-        federation = read_federation(
-            source,
-            simulation.partition,
-            simulation.clients,
-            simulation.spec.options.seed,
-            trained=simulation.trained,
-            on_progress=listener.on_reading,
-        )
-        tester = _Tester(simulation, source, listener)
-        identity = simulation.identity(f"{federation.fingerprint} {tester.fingerprint}")
+        prepared = prepared or prepare(simulation, listener)
+        identity = simulation.identity(f"{prepared.federation.fingerprint} {prepared.tester.fingerprint}")
         _claim(out, identity)
-        return _Work(
-            simulation,
-            out,
-            federation,
-            tester=tester,
-            identity=identity,
-            listener=listener,
-            mlflow_uri=mlflow_uri,
-        ).run()
+        return _Work(simulation, out, prepared, identity=identity, listener=listener, mlflow_uri=mlflow_uri).run()
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
@@ -105,7 +128,7 @@ class _Tester:
         self._workspace: Workspace | None = None
         if simulation.test is not None:
             secret = secret_of(simulation.spec.options.seed)
-            self._workspace = source.open(simulation.test, secret, listener.on_reading)
+            self._workspace = source.open(simulation.test, secret, listener.on_reading, _subset_of(simulation.test))
 
     @property
     def fingerprint(self) -> str:
@@ -117,6 +140,11 @@ class _Tester:
 
     def due(self, round_number: int) -> bool:
         return round_number % self._every == 0 or round_number == self._rounds
+
+
+def _subset_of(test: Path) -> Literal["train", "test"]:
+    """What of packed files judges: the test set that was set apart, or all where none was."""
+    return "test" if any(True for _ in read_packed(test, "test")) else "train"
 
 
 def judged_on(workspace: Workspace, weights: dict[str, Flat], parts: Sequence[Any] = PARTS) -> dict[str, float]:
@@ -144,9 +172,8 @@ class _Work:
         self,
         simulation: Simulation,
         out: Path,
-        federation: Federation,
+        prepared: Prepared,
         *,
-        tester: _Tester,
         identity: dict[str, Any],
         listener: Listener,
         mlflow_uri: str | None,
@@ -154,12 +181,12 @@ class _Work:
         self._simulation = simulation
         self._options = simulation.spec.options
         self._out = out
-        self._federation = federation
-        self._tester = tester
+        self._federation = prepared.federation
+        self._tester = prepared.tester
         self._identity = identity
         self._listener = listener
         self._facts = {
-            "clients": len(federation.names),
+            "clients": len(prepared.federation.names),
             "partition": _partition_text(simulation),
             "strategy": self._options.strategy,
         }

@@ -18,7 +18,7 @@ from fl_client.tasks.base import DataReport, FloatArray, LocalOptions, OnProgres
 from fl_client.tasks.errors import UnreadableExample
 from fl_client.tasks.images import ImageOptions, UInt8, read_image, scan_folder
 from fl_client.tasks.models import build_model
-from fl_client.tasks.training import Classifier, ClassifierWorkspace
+from fl_client.tasks.training import Classifier, ClassifierWorkspace, Plain
 from medhive.spec import StudyData
 
 PIXEL_MEAN, PIXEL_SPREAD = 0.2, 0.2  # of grey scans in 0..1: dark background, bright tissue
@@ -79,6 +79,8 @@ class Resizer:
 
     def __call__(self, image: UInt8) -> UInt8:
         """Resize one image."""
+        if image.shape[1:] == (self._size, self._size):
+            return image
         transform = self._shrink if max(image.shape[1:]) >= self._size else self._grow
         resized: FloatArray = transform(image.astype(np.float32))
         return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
@@ -97,24 +99,32 @@ class ImageModel(Classifier):
         """
         self._options = ImageOptions.of(study)
         self.resize = Resizer(self._options.image_size)
+        if self._options.recipe == "plain":
+            self.plain = Plain(self._options.momentum, self._options.lr_decay)
         super().__init__(study.classes, device)
 
     def network(self, seed: int) -> nn.Module:
         """The study's model."""
         options = self._options
-        return build_model(options.model, channels=options.channels, classes=len(self.classes), seed=seed)
+        side = options.crop or options.image_size
+        return build_model(options.model, channels=options.channels, classes=len(self.classes), seed=seed, side=side)
 
     def evaluation_batch(self) -> int:
         """Images that are judged at a time."""
         return EVALUATION_BATCH
 
     def augment(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """See `augment`."""
-        return augment(pixels, generator)
+        """See `augment`, and for the plain recipe `cropped`."""
+        if self.plain is None:
+            return augment(pixels, generator)
+        return cropped(pixels, self._options.crop, generator) if self._options.crop else pixels.float()
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """See `normalised`."""
-        return normalised(pixels)
+        """See `normalised`, and for the plain recipe `whitened`."""
+        if self.plain is None:
+            return normalised(pixels)
+        crop = self._options.crop
+        return whitened(middle(pixels, crop) if crop and pixels.shape[-1] != crop else pixels)
 
     def predict_files(
         self, weights: Weights, paths: Sequence[Path]
@@ -171,6 +181,34 @@ def normalised(pixels: Tensor) -> Tensor:
     """Bytes as floats (0 to 255) → what the models take."""
     scaled = (pixels / 255 - PIXEL_MEAN) / PIXEL_SPREAD
     return scaled.contiguous(memory_format=torch.channels_last)
+
+
+def whitened(pixels: Tensor) -> Tensor:
+    """Bytes as floats → each image with mean 0 and spread 1, as the CIFAR-10 tutorial has it."""
+    flat = pixels.flatten(start_dim=1)
+    spread = flat.std(dim=1, correction=0).clamp(min=1 / math.sqrt(flat.shape[1]))
+    shape = (-1,) + (1,) * (pixels.ndim - 1)
+    return ((pixels - flat.mean(dim=1).view(shape)) / spread.view(shape)).contiguous(memory_format=torch.channels_last)
+
+
+def middle(pixels: Tensor, side: int) -> Tensor:
+    """The square of `side` pixels in the middle of each image."""
+    top, left = (pixels.shape[-2] - side) // 2, (pixels.shape[-1] - side) // 2
+    return pixels[..., top : top + side, left : left + side]
+
+
+def cropped(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A square somewhere in each image of a batch, mirrored or not; bytes → (n, c, side, side) floats 0 to 255."""
+    n, _channels, height, width = pixels.shape
+    r = torch.rand(n, 3, generator=generator)
+    top = (r[:, 0] * (height - side + 1)).long().view(-1, 1, 1)
+    left = (r[:, 1] * (width - side + 1)).long().view(-1, 1, 1)
+    along = torch.arange(side)
+    columns = torch.where(r[:, 2].view(-1, 1, 1) < 0.5, along, along.flip(0)) + left
+    rows = (along.view(1, -1, 1) + top).to(pixels.device)
+    which = torch.arange(n, device=pixels.device).view(-1, 1, 1)
+    moved = pixels.permute(0, 2, 3, 1)[which, rows, columns.to(pixels.device)]
+    return moved.permute(0, 3, 1, 2).float()
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:

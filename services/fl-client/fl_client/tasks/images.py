@@ -30,10 +30,12 @@ from fl_client.tasks.base import (
 from fl_client.tasks.errors import (
     EmptyClass,
     NotEnoughExamples,
+    UnknownClass,
     UnreadableExample,
     WrongOption,
 )
 from fl_client.tasks.folders import class_folders, groups_of_csv, known_group, walk
+from fl_client.tasks.packed_images import PackedImage, packed_files, read_packed
 from medhive.spec import StudyData
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
@@ -41,8 +43,9 @@ FORMATS = ("JPEG", "PNG")
 MAX_FILE_BYTES = 64 * 2**20  # an uncompressed 16-bit mammogram of 30 megapixels is 60 MB
 MAX_PIXELS = 50_000_000  # 150 MB decoded in colour; larger than any slice or radiograph
 MAX_FILES = 2_000_000  # names alone are then 200 MB
-MIN_SIZE, MAX_SIZE = 32, 1024  # the models halve four times; 1024 × 1024 is all that 2-D scans carry
+MIN_SIZE, MAX_SIZE = 24, 1024  # the models halve four times; 1024 × 1024 is all that 2-D scans carry
 MAX_PATTERN = 100
+RECIPES = ("clinical", "plain")
 MAX_STARS = 2  # keeps matching a name of 255 characters cheap whatever the pattern
 SIXTEEN_BIT_SHIFT = 8
 
@@ -57,6 +60,11 @@ class ImageOptions:
         image_size: height and width in pixels that every image is brought to.
         channels: 1 (grey) or 3 (colour).
         model: one of `fl_client.tasks.models`, by name.
+        recipe: `clinical`, which `fl_client.tasks.training` describes, or `plain`: SGD as published studies use it, at a
+            constant rate, on images whitened one by one.
+        momentum, lr_decay: of the plain recipe; its rate is multiplied by `lr_decay` after each round.
+        crop: of the plain recipe: side of the square that the model sees of each image, drawn and mirrored at random in
+            training, the middle one in judging; 0 sees all of it, unchanged.
         group_pattern: how the patient is told from a file's name, as "{group}_*": `{group}` stands for the patient,
             `*` for anything, all else for itself; matched against the path within the class folder. Empty: no groups.
         allow_missing_classes: whether a site may lack a class.
@@ -65,6 +73,10 @@ class ImageOptions:
     image_size: int = 96
     channels: int = 1
     model: str = "resnet-gn"
+    recipe: str = "clinical"
+    momentum: float = 0.0
+    lr_decay: float = 1.0
+    crop: int = 0
     group_pattern: str = ""
     allow_missing_classes: bool = False
 
@@ -84,6 +96,14 @@ class ImageOptions:
             raise WrongOption(f"Option 'image_size' must be {MIN_SIZE} to {MAX_SIZE} pixels.", option="image_size")
         if self.channels not in {1, 3}:
             raise WrongOption("Option 'channels' must be 1 (grey) or 3 (colour).", option="channels")
+        if self.recipe not in RECIPES:
+            raise WrongOption(f"Option 'recipe' must be one of {', '.join(RECIPES)}.", option="recipe")
+        if not (0 <= self.momentum < 1 and 0 < self.lr_decay <= 1):
+            raise WrongOption("Option 'momentum' must be 0 to below 1, 'lr_decay' above 0 to 1.", option="momentum")
+        if self.crop and (self.recipe != "plain" or not MIN_SIZE <= self.crop <= self.image_size):
+            raise WrongOption(
+                f"Option 'crop' needs the recipe plain, and must be {MIN_SIZE} to image_size pixels.", option="crop"
+            )
         if self.group_pattern:
             _pattern(self.group_pattern)
 
@@ -109,9 +129,10 @@ class Scan:
 @dataclass(frozen=True)
 class _File:
     name: str  # from the data folder, with /
-    path: Path
     label: int
     group: str | None
+    path: Path | None = None
+    packed: PackedImage | None = None
 
 
 def scan_folder(
@@ -134,8 +155,7 @@ def scan_folder(
     """
     local = local or LocalOptions()
     options = ImageOptions.of(study)
-    folders = class_folders(data_dir, study, local, allow_missing=options.allow_missing_classes)
-    files, skipped = _list_files(data_dir, study, folders, _grouping(options, local))
+    files, skipped = _candidates(data_dir, study, options, local)
     read: dict[str, _File] = {}
     duplicates: list[tuple[str, str]] = []
     conflicting: dict[str, list[str]] = {}
@@ -241,21 +261,69 @@ def _list_files(
                     skipped.append(Skipped(relative, "link-outside"))
                 else:
                     group = group_of(relative, path.relative_to(folder).as_posix())
-                    files.append(_File(relative, path, label, group))
+                    files.append(_File(relative, label, group, path))
                 if len(files) + len(skipped) > MAX_FILES:
                     raise WrongOption(f"{data_dir} holds more than {MAX_FILES} files; split it over several studies.")
     return files, skipped
 
 
 def _read(file: _File, channels: int, read: Mapping[str, _File], keep: Callable[[str, UInt8], None] | None) -> str:
-    """SHA-256 of the file, which is decoded unless the same bytes were before."""
-    content = _bytes_of(file.path)
+    """SHA-256 of the file, or of a packed image, which is decoded unless the same bytes were before."""
+    pixels = file.packed.pixels if file.packed is not None else None
+    content = pixels.tobytes() if pixels is not None else _encoded(file)
     digest = hashlib.sha256(content).hexdigest()
     if digest not in read:
-        image = decode(content, channels)
+        image = decode(content, channels) if pixels is None else _in_channels(pixels, channels)
         if keep is not None:
             keep(digest, image)
     return digest
+
+
+def _encoded(file: _File) -> bytes:
+    if file.packed is not None and file.packed.encoded is not None:
+        return file.packed.encoded
+    return _bytes_of(file.path) if file.path is not None else b""
+
+
+def _in_channels(pixels: UInt8, channels: int) -> UInt8:
+    """(1 or 3, h, w) bytes as grey or colour, by the same weights as Pillow's."""
+    if len(pixels) == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=0)
+    return np.asarray(Image.fromarray(np.moveaxis(pixels, 0, 2)).convert("L"))[None]
+
+
+def _candidates(
+    data_dir: Path, study: StudyData, options: ImageOptions, local: LocalOptions
+) -> tuple[list[_File], list[Skipped]]:
+    """All candidates: of packed files where there are any, else of the folders of classes."""
+    grouping = _grouping(options, local)
+    if packed_files(data_dir):
+        return _list_packed(data_dir, study, local, grouping), []
+    folders = class_folders(data_dir, study, local, allow_missing=options.allow_missing_classes)
+    return _list_files(data_dir, study, folders, grouping)
+
+
+def _list_packed(
+    data_dir: Path, study: StudyData, local: LocalOptions, group_of: Callable[[str, str], str | None]
+) -> list[_File]:
+    """The images of packed files, in their order there. Raises DataFolderMissing, UnknownClass."""
+    places = {name: place for place, name in enumerate(study.classes)}
+    files: list[_File] = []
+    for image in read_packed(data_dir, local.subset):
+        label = local.class_map.get(image.label, image.label)
+        if label not in places:
+            raise UnknownClass(
+                f"The study has no class {label!r} ({image.name}); its classes are {', '.join(study.classes)}. Map it "
+                f"with --class {image.label}=<class of the study>.",
+                found=image.label,
+                classes=list(study.classes),
+            )
+        files.append(_File(image.name, places[label], group_of(image.name, image.name), packed=image))
+        if len(files) > MAX_FILES:
+            raise WrongOption(f"{data_dir} holds more than {MAX_FILES} images; split it over several studies.")
+    return files
 
 
 def _grouped(options: ImageOptions, local: LocalOptions) -> bool:

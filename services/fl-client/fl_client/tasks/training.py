@@ -54,6 +54,7 @@ from fl_client.tasks.evaluation import InOneGo
 from fl_client.tasks.models import export_weights, load_backbone, load_weights
 
 DEFAULT_LR = 5e-3  # peak, for batches of 32; found on brain MRI with three sites
+PLAIN_LR = 0.1  # of the plain recipe
 DEFAULT_LR_BATCH = 32  # other batches: by the square root (Malladi et al. 2022, arXiv:2205.10287)
 WEIGHT_DECAY = 0.05
 WARM_UP = 0.1  # share of the run; AdamW's moments are still noise there
@@ -79,6 +80,17 @@ def resolve_device(name: str) -> torch.device:
     raise DeviceUnavailable(f"This machine has no {name}; use cpu, or auto for the best there is.", device=name)
 
 
+@dataclass(frozen=True)
+class Plain:
+    """The recipe of published studies in place of the one above: SGD from a fresh start each round, plain cross-entropy.
+
+    `lr_decay` multiplies the rate after each round.
+    """
+
+    momentum: float = 0.0
+    lr_decay: float = 1.0
+
+
 @dataclass
 class _Totals:
     loss: float = 0.0
@@ -93,9 +105,11 @@ class Classifier(ABC):
         device: where it computes.
         classes: the study's, in the order of the outputs.
         memory_format: how its weights lie in memory.
+        plain: the plain recipe, where the study asks for it.
     """
 
     memory_format: torch.memory_format
+    plain: Plain | None = None
 
     def __init__(self, classes: tuple[str, ...], device: str) -> None:
         """Raises DeviceUnavailable, UnknownModel: it cannot be built here."""
@@ -263,9 +277,13 @@ class Job:
         self._model = workspace.model.new_model(weights)
         self._parameters = dict(self._model.named_parameters())
         self._anchor = [parameter.detach().clone() for parameter in self._parameters.values()]
-        self._peak = plan.lr or DEFAULT_LR * math.sqrt(plan.batch_size / DEFAULT_LR_BATCH)
-        self._optimiser = _optimiser(self._parameters, self._peak)
-        if plan.optimiser_state is not None:
+        self._plain = workspace.model.plain
+        if self._plain is not None:
+            self._peak = (plan.lr or PLAIN_LR) * self._plain.lr_decay ** (plan.round - 1)
+        else:
+            self._peak = plan.lr or DEFAULT_LR * math.sqrt(plan.batch_size / DEFAULT_LR_BATCH)
+        self._optimiser = _optimiser(self._parameters, self._peak, self._plain)
+        if plan.optimiser_state is not None and isinstance(self._optimiser, torch.optim.AdamW):
             restore_moments(self._optimiser, self._parameters, plan.optimiser_state)
         self._indices = workspace.indices("train")
         if not len(self._indices):
@@ -300,10 +318,15 @@ class Job:
                 "train_loss": epoch_totals.loss / epoch_totals.examples,
                 "train_accuracy": epoch_totals.right / epoch_totals.examples,
             },
-            optimiser_state=saved_moments(self._optimiser, self._parameters),
+            optimiser_state=self._kept_state(),
         )
         self._workspace.model.give_back(self._model)
         return result
+
+    def _kept_state(self) -> bytes | None:
+        if isinstance(self._optimiser, torch.optim.AdamW):
+            return saved_moments(self._optimiser, self._parameters)
+        return None
 
     def _progress(self, epoch: int, totals: _Totals, seconds: float) -> EpochProgress:
         n = totals.examples
@@ -318,9 +341,7 @@ class Job:
         with self._own_global_state(), mixed_precision(device):
             logits = self._model(self._workspace.model.normalised(pixels))
         logits = logits.float()
-        loss = functional.cross_entropy(
-            logits + self._log_prior, labels, weight=self._class_weights, label_smoothing=LABEL_SMOOTHING
-        )
+        loss = self._loss(logits, labels)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingDiverged(
@@ -336,6 +357,12 @@ class Job:
         totals.right += int((logits.detach().argmax(dim=1) == labels).sum())
         totals.examples += len(batch)
 
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self._plain is not None:
+            return functional.cross_entropy(logits, labels)
+        shifted = logits + self._log_prior
+        return functional.cross_entropy(shifted, labels, weight=self._class_weights, label_smoothing=LABEL_SMOOTHING)
+
     def _require_time(self) -> None:
         if self._plan.deadline is not None and time.time() > self._plan.deadline:
             raise DeadlinePassed(
@@ -347,7 +374,7 @@ class Job:
     def _set_learning_rate(self) -> float:
         steps = self._steps_per_epoch * self._plan.local_epochs
         done = (self._plan.round - 1 + (self._step + 0.5) / steps) / self._plan.rounds
-        lr = self._peak * learning_rate_factor(done)
+        lr = self._peak * (learning_rate_factor(done) if self._plain is None else 1.0)
         for group in self._optimiser.param_groups:
             group["lr"] = lr
         return lr
@@ -373,8 +400,10 @@ class Job:
             self._global_state = _get_state(device)
 
 
-def _optimiser(parameters: Mapping[str, nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW; biases and normalisation are not decayed."""
+def _optimiser(parameters: Mapping[str, nn.Parameter], lr: float, plain: Plain | None) -> torch.optim.Optimizer:
+    """AdamW, of which biases and normalisation are not decayed; SGD for the plain recipe."""
+    if plain is not None:
+        return torch.optim.SGD(parameters.values(), lr=lr, momentum=plain.momentum)
     matrices = [p for p in parameters.values() if p.ndim > 1]
     vectors = [p for p in parameters.values() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]

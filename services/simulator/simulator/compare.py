@@ -1,0 +1,130 @@
+"""The comparison: every strategy under every fault, on the same data and seed, one table."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from fl_server.checkpoint import write_durably
+from medhive.strategies import STRATEGIES, make_strategy, strategy_parameters
+from simulator.faults import Faults
+from simulator.run import Listener, prepare, simulate
+from simulator.study import Simulation
+
+ALL: Final = "all"
+NONE: Final = "none"
+COMPARISON_CSV, COMPARISON_JSON = "comparison.csv", "comparison.json"
+USUAL: Final[Mapping[str, Faults]] = {
+    "dropout 0.2": Faults(dropout=0.2),
+    "slow 0.2": Faults(slow_share=0.2),
+    "boost 0.2": Faults(poison_share=0.2, poison="boost"),
+    "flip 0.2": Faults(poison_share=0.2, poison="flip"),
+    "labels 0.2": Faults(poison_share=0.2, poison="labels"),
+}
+"""The faults that are compared where none is asked for."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One simulation of the table: final figures on the test set, else on the held-out parts; `reason` where it failed."""
+
+    strategy: str
+    fault: str
+    state: str
+    reason: str
+    accuracy: float | None
+    macro_f1: float | None
+    refusals: int
+    answered: int
+    asked: int
+    seconds: float
+
+
+def strategies_of(text: str) -> tuple[str, ...]:
+    """`all`, or names separated by commas. Raises `UnknownStrategy`."""
+    names = tuple(STRATEGIES) if text == ALL else tuple(name.strip().lower() for name in text.split(","))
+    return tuple(dict.fromkeys(make_strategy(name).name for name in names))
+
+
+def scenarios_of(faults: Faults) -> dict[str, Faults]:
+    """No fault, and each that was asked for by itself; the usual ones where none was."""
+    asked: dict[str, Faults] = {}
+    if faults.dropout:
+        asked[f"dropout {faults.dropout:g}"] = Faults(dropout=faults.dropout)
+    if faults.slow_share:
+        factor, patience = faults.slow_factor, faults.patience
+        asked[f"slow {faults.slow_share:g}"] = Faults(0.0, faults.slow_share, factor, patience=patience)
+    if faults.poison_share:
+        name = f"{faults.poison} {faults.poison_share:g}"
+        asked[name] = Faults(poison_share=faults.poison_share, poison=faults.poison)
+    return {NONE: Faults(), **(asked or USUAL)}
+
+
+def compare(simulation: Simulation, strategies: Sequence[str], out: Path, listener: Listener) -> list[Cell]:
+    """Run them all, each in a folder of its own below `out`, and write the table; goes on where it was stopped.
+
+    Raises:
+        MedHiveError: the data or the choices do not fit, by cause; a run that fails is a cell of the table.
+    """
+    scenarios = scenarios_of(simulation.faults)
+    prepared = prepare(simulation, listener)
+    cells = []
+    for strategy in strategies:
+        for fault, faults in scenarios.items():
+            listener.on_line(f"{strategy}, {fault}")
+            one = replace(_with_strategy(simulation, strategy), faults=faults)
+            folder = out / strategy / fault.replace(" ", "-")
+            cells.append(_cell(strategy, fault, simulate(one, folder, listener, prepared=prepared)))
+    _write(out, cells)
+    return cells
+
+
+def _with_strategy(simulation: Simulation, strategy: str) -> Simulation:
+    """The same with another strategy, and those of the given parameters that it knows."""
+    options = simulation.spec.options
+    known = strategy_parameters(strategy)
+    params = {name: value for name, value in options.strategy_params.items() if name in known}
+    changed = options.model_copy(update={"strategy": strategy, "strategy_params": params})
+    return replace(simulation, spec=simulation.spec.model_copy(update={"options": changed}))
+
+
+def _cell(strategy: str, fault: str, summary: Mapping[str, Any]) -> Cell:
+    judged = summary["test"] or summary["heldout"] if summary["state"] == "completed" else {}
+    return Cell(
+        strategy=strategy,
+        fault=fault,
+        state=summary["state"],
+        reason=summary["reason"],
+        accuracy=judged.get("accuracy"),
+        macro_f1=judged.get("macro_f1"),
+        refusals=summary["refusals"],
+        answered=summary["clients_answered"],
+        asked=summary["clients_asked"],
+        seconds=summary["seconds"],
+    )
+
+
+def rows_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of accuracies, a strategy a row and a fault a column."""
+    faults = list(dict.fromkeys(cell.fault for cell in cells))
+    found = {(cell.strategy, cell.fault): cell for cell in cells}
+    rows = [
+        [strategy, *(_shown(found[strategy, fault]) for fault in faults)]
+        for strategy in dict.fromkeys(cell.strategy for cell in cells)
+    ]
+    return ["strategy", *(f"{fault}>" for fault in faults)], rows
+
+
+def _shown(cell: Cell) -> str:
+    return cell.state if cell.accuracy is None else f"{cell.accuracy:.4f}"
+
+
+def _write(out: Path, cells: Sequence[Cell]) -> None:
+    rows = [asdict(cell) for cell in cells]
+    with (out / COMPARISON_CSV).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    write_durably(out / COMPARISON_JSON, (json.dumps(rows, indent=2) + "\n").encode())

@@ -1,0 +1,170 @@
+"""Images in packed files: read as published, and nothing that a hostile file says is believed or run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fl_client.check import check_data, study_of_folder
+from fl_client.tasks import LocalOptions, RoundPlan, finish, load_task
+from fl_client.tasks.errors import DataFolderMissing, UnknownClass, WrongOption
+from fl_client.tasks.image_training import cropped, middle, whitened
+from fl_client.tasks.images import ImageOptions
+from fl_client.tasks.models import build_model
+from fl_client.tasks.packed_images import CIFAR_RECORD, packed_classes, read_packed
+from medhive.spec import StudyData
+
+COUNT = 40
+RNG = np.random.default_rng(5)
+IMAGES = RNG.integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
+LABELS = np.arange(COUNT) % 2
+MARKS = np.arange(COUNT) >= 30
+NAMES = np.array(["cat", "dog"])
+
+
+def jpeg_blob(folder: Path) -> dict[str, Any]:
+    parts = []
+    for image in IMAGES:
+        path = folder / "one.png"
+        Image.fromarray(image).save(path)
+        parts.append(path.read_bytes())
+    path.unlink()
+    offsets = np.cumsum([0, *map(len, parts)])
+    return {"blob": np.frombuffer(b"".join(parts), np.uint8), "offsets": offsets, "labels": LABELS}
+
+
+def write_binary(folder: Path, name: str, places: np.ndarray[Any, Any]) -> None:
+    rows = [np.concatenate([[LABELS[i]], np.moveaxis(IMAGES[i], 2, 0).ravel()]) for i in places]
+    (folder / name).write_bytes(np.array(rows, dtype=np.uint8).tobytes())
+
+
+def write(folder: Path, kind: str) -> None:
+    """The same images in each of the known forms."""
+    folder.mkdir(exist_ok=True)
+    if kind == "binary":
+        write_binary(folder, "data_batch_1.bin", np.flatnonzero(~MARKS))
+        write_binary(folder, "test_batch.bin", np.flatnonzero(MARKS))
+        (folder / "batches.meta.txt").write_text("cat\ndog\n")
+    elif kind == "prefixed":
+        parts = {"train": np.arange(20), "val": np.arange(20, 30), "test": np.arange(30, COUNT)}
+        arrays = {f"{name}_images": IMAGES[places] for name, places in parts.items()}
+        arrays |= {f"{name}_labels": LABELS[places, None] for name, places in parts.items()}
+        np.savez(folder / "set.npz", class_names=NAMES, **arrays)
+    else:
+        arrays = jpeg_blob(folder) if kind == "blob" else {"images": IMAGES, "labels": LABELS}
+        np.savez(folder / "set.npz", class_names=NAMES, is_test=MARKS, **arrays)
+
+
+@pytest.mark.parametrize("kind", ["binary", "prefixed", "blob", "arrays"])
+def test_each_form_gives_the_same_images(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "data", kind)
+    data = StudyData(classes=("cat", "dog"), options={"image_size": 32, "channels": 3})
+    assert study_of_folder(tmp_path / "data").classes == ("cat", "dog")
+    assert check_data("image-folder", tmp_path / "data", data, b"secret").examples == 30
+    for subset, places in (("train", range(30)), ("test", range(30, COUNT))):
+        local = LocalOptions(subset=subset)  # type: ignore[arg-type]
+        workspace: Any = load_task("image-folder").open(tmp_path / "data", data, b"secret", local=local)
+        seen = workspace.pixels(torch.arange(len(places))).numpy()
+        assert np.array_equal(seen, np.moveaxis(IMAGES[list(places)], 3, 1))
+        assert workspace.examples.labels.tolist() == [int(LABELS[i]) for i in places]
+
+
+def test_without_names_classes_are_numbers_and_without_marks_all_is_trained_on(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", images=IMAGES[..., 0], labels=LABELS)
+    assert packed_classes(tmp_path) == ("0", "1")
+    assert len(list(read_packed(tmp_path, "train"))) == COUNT
+    assert not list(read_packed(tmp_path, "test"))
+    data = StudyData(classes=("0", "1"), options={"image_size": 32, "channels": 3})
+    assert check_data("image-folder", tmp_path / "set.npz", data, b"secret").examples == COUNT
+    with pytest.raises(UnknownClass, match="no class '1'"):
+        check_data("image-folder", tmp_path, data.model_copy(update={"classes": ("0", "2")}), b"secret")
+
+
+class Evil:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("unpickled",))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"images": np.array([Evil()] * COUNT, dtype=object), "labels": LABELS},
+        {"images": IMAGES.astype(np.float32), "labels": LABELS},
+        {"images": IMAGES, "labels": LABELS[:-1]},
+        {"images": IMAGES, "labels": LABELS.astype(float)},
+        {"images": IMAGES[..., :2], "labels": LABELS},
+        {"blob": np.zeros(10, np.uint8), "offsets": np.array([0, 99]), "labels": LABELS[:1]},
+        {"blob": np.zeros(10, np.uint8), "offsets": np.array([5, 2]), "labels": LABELS[:1]},
+        {"images": IMAGES, "labels": LABELS, "is_test": MARKS[:3]},
+        {"weights": IMAGES},
+    ],
+)
+def test_an_archive_that_is_none_is_refused(tmp_path: Path, arrays: dict[str, Any], capfd: Any) -> None:
+    np.savez(tmp_path / "set.npz", **arrays)
+    with pytest.raises(DataFolderMissing, match=r"set.npz is no archive of images"):
+        list(read_packed(tmp_path, "train"))
+    assert "unpickled" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * (CIFAR_RECORD + 1)])
+def test_a_broken_batch_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "data_batch_1.bin").write_bytes(content)
+    with pytest.raises(DataFolderMissing):
+        list(read_packed(tmp_path, "train"))
+    (tmp_path / "data_batch_1.bin").rename(tmp_path / "set.npz")
+    with pytest.raises(DataFolderMissing):
+        list(read_packed(tmp_path, "train"))
+
+
+# ---- the plain recipe --------------------------------------------------------------------------------------------------
+
+
+def test_the_plain_recipe_is_sgd_as_written_down(tmp_path: Path) -> None:
+    write(tmp_path / "data", "arrays")
+    options = {"image_size": 32, "channels": 3, "model": "cnn", "recipe": "plain", "lr_decay": 0.5, "momentum": 0.9}
+    study = StudyData(classes=("cat", "dog"), options=options)
+    workspace: Any = load_task("image-folder").open(tmp_path / "data", study, b"secret")
+    first = workspace.initial_weights(1)
+    result = finish(workspace.train(first, RoundPlan(3, 5, 1, batch_size=1000, lr=0.08, seed=1)))
+    assert result.optimiser_state is None
+    model = workspace.model.new_model(first)
+    indices = workspace.indices("train")
+    logits = model(whitened(workspace.pixels(indices).float()))
+    torch.nn.functional.cross_entropy(logits, workspace.labels(indices)).backward()
+    for name, parameter in model.named_parameters():
+        expected = (parameter - 0.02 * parameter.grad).detach().numpy()
+        assert np.allclose(result.weights[name], expected, atol=1e-5), name
+
+
+def test_a_crop_lies_in_the_image_and_judging_takes_its_middle() -> None:
+    pixels = torch.arange(32 * 32, dtype=torch.uint8).view(1, 1, 32, 32).repeat(60, 3, 1, 1)
+    seen = cropped(pixels, 24, torch.Generator().manual_seed(0))
+    assert seen.shape == (60, 3, 24, 24)
+    whole = pixels[0, 0].float()
+    for crop in seen[:, 0]:
+        windows = whole.unfold(0, 24, 1).unfold(1, 24, 1)
+        assert any((windows == turned).all(dim=(2, 3)).any() for turned in (crop, crop.flip(1)))
+    assert torch.equal(middle(pixels, 24), pixels[:, :, 4:28, 4:28])
+    assert torch.allclose(whitened(seen).mean(dim=(1, 2, 3)), torch.zeros(60), atol=1e-5)
+
+
+def test_the_small_cnn_has_a_million_parameters() -> None:
+    model = build_model("cnn", channels=3, classes=10, seed=1, side=24)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_068_298
+    assert model(torch.zeros(2, 3, 24, 24)).shape == (2, 10)
+    norm = next(module for module in model if not list(module.children()) and hasattr(module, "band"))
+    x = torch.randn(2, 64, 5, 5) * 9
+    assert torch.allclose(norm(x), torch.nn.LocalResponseNorm(9, alpha=0.001)(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipe": "secret"}, {"crop": 24}, {"recipe": "plain", "crop": 99}, {"momentum": 1.0}]
+)
+def test_a_wrong_option_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(WrongOption):
+        ImageOptions.of(StudyData(classes=("a", "b"), options=options))
