@@ -1,11 +1,10 @@
 """What a simulated round costs beside the bare PyTorch loop over the same batches, and whether memory grows with clients.
 
-    python bench/simulation.py                # 50 clients of 50 images, one and five local epochs, then memory
-    python bench/simulation.py --rounds 3 --no-memory
+    python bench/simulation.py                # 50 clients of 50 images, one local epoch; then memory
+    python bench/simulation.py --epochs 5 --no-memory
 
-The bare loop is what one would write by hand for the same model and data:
-resident tensors, one resident model into which the
-global weights are loaded for each client, SGD, and a running mean. Both are timed in turn in one process. Prints JSON.
+The bare loop is what one would write by hand for the same model and data: resident tensors, one resident model into which
+the global weights are loaded for each client, SGD, and a running mean. Both are timed in turn in one process. Prints JSON.
 """
 
 import argparse
@@ -154,7 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=4, help="timed in each turn")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1])
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)

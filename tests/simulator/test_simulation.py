@@ -25,6 +25,7 @@ from simulator.command import simulate_command, simulation_of
 from simulator.desk import END, MODEL, RECORD
 from simulator.faults import WrongFault
 from simulator.federation import Source, read_federation
+from simulator.results import TrackingFailed
 from simulator.run import OtherSimulation
 
 DEADLINE_S = 120
@@ -152,6 +153,28 @@ def test_a_client_a_file_and_a_test_set(table: Path) -> None:
     assert summary["test"]["accuracy"] > 0.8
     assert summary["heldout"] == {}
     assert "north" in (table / "out" / "clients.csv").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's own, of SQLAlchemy
+def test_the_mlflow_run_has_every_round_and_the_files(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient  # noqa: PLC0415 - seconds of imports
+
+    monkeypatch.chdir(table)
+    uri, flags = f"sqlite:///{table}/mlflow.db", table_flags(table, rounds=2)
+    summary = run(table / "out", flags, mlflow_uri=uri)
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_run((table / "out" / "mlflow-run").read_text())
+    assert found.info.status == "FINISHED"
+    assert found.data.params["spec.options.rounds"] == "2"
+    assert found.data.metrics["val_accuracy"] == pytest.approx(summary["validation"]["val_accuracy"])
+    assert [item.step for item in client.get_metric_history(found.info.run_id, "train_loss")] == [1, 2]
+    assert {"report.html", "model.safetensors"} <= {item.path for item in client.list_artifacts(found.info.run_id)}
+    # Told again, it is the same run with the same values.
+    run(table / "out", flags, mlflow_uri=uri)
+    assert len(client.search_runs([found.info.experiment_id])) == 1
+    assert len(client.get_metric_history(found.info.run_id, "train_loss")) == 2
+    with pytest.raises(TrackingFailed, match=r"MLflow at .*nowhere"):
+        run(table / "other", flags, mlflow_uri="http://nowhere.invalid:1")
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------------

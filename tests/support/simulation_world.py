@@ -49,11 +49,14 @@ def table_flags(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(
-    out: Path, flags: dict[str, Any], on_progress: Callable[[int, int], None] = lambda _done, _all: None
+    out: Path,
+    flags: dict[str, Any],
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+    mlflow_uri: str | None = None,
 ) -> dict[str, Any]:
     """One life of a simulation, in this process."""
     listener = Listener(lambda _done, _all: None, lambda _line: None, on_progress)
-    return simulate(simulation_of(flags), out, listener)
+    return simulate(simulation_of(flags), out, listener, mlflow_uri)
 
 
 def arguments(flags: dict[str, Any], out: Path) -> list[str]:

@@ -5,7 +5,8 @@ import csv
 import html
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from fl_server.checkpoint import write_durably
 from fl_server.figures import Curve, draw_confusion, draw_curves
 from fl_server.tracking import RUN_TAG, Value, flattened, log_values, panels_of, round_values
+from medhive.errors import MedHiveError
 from medhive.wire import RunEnd
 from simulator.desk import MODEL, Record, RecordedRound
 
@@ -25,6 +27,14 @@ TEST: Final = "test_"
 PANELS: Final = {"accuracy": ("test_accuracy", "test_macro_f1"), "loss": ("test_loss",)}
 MAX_PARAM: Final = 500
 SHOWN_ROUNDS: Final = 200  # rows that a person scrolls through; the CSV has all
+
+MLFLOW_ENVIRONMENT: Final = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A server that is away must not hold up the rounds for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem }
@@ -247,45 +257,64 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+class TrackingFailed(MedHiveError):
+    """MLflow does not take what it is told."""
+
+    code = "tracking-failed"
+
+
 class Tracking:
-    """The MLflow run of a simulation, told round by round; a resume goes on with it by the id in the folder."""
+    """The MLflow run of a simulation, told round by round; a resume goes on with it by the id in the folder.
+
+    Every method raises `TrackingFailed`.
+    """
 
     ID_FILE = "mlflow-run"
 
     def __init__(self, uri: str, folder: Path, identity: Mapping[str, Any], title: str) -> None:
-        """Find the run or make it.
-
-        Raises:
-            MedHiveError: see `mlflow_errors_named`.
-        """
-        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        """Find the run or make it."""
+        os.environ.update(MLFLOW_ENVIRONMENT)
         from mlflow import MlflowClient  # noqa: PLC0415 - seconds of imports, only where it is asked for
 
-        self._folder = folder
-        self._client = MlflowClient(tracking_uri=uri)
+        self._folder, self._uri = folder, uri
         id_file = folder / self.ID_FILE
-        if id_file.exists():
-            self.run_id = id_file.read_text("utf-8").strip()
-            return
-        self.run_id = self._made(identity, title)
+        with self._failures_named():
+            self._client = MlflowClient(tracking_uri=uri)
+            known = id_file.read_text("utf-8").strip() if id_file.exists() else ""
+            self.run_id = str(self._client.get_run(known).info.run_id) if known else self._made(identity, title)
         write_durably(id_file, self.run_id.encode())
 
+    def tell(self, values: Sequence[Value]) -> None:
+        """Log metrics; telling them again changes nothing, for each carries the time of its round."""
+        with self._failures_named():
+            log_values(self._client, self.run_id, values)
+
+    def finish(self, state: str) -> None:
+        """Log the files of the folder and end the run."""
+        with self._failures_named():
+            for name in (SUMMARY, ROUNDS_CSV, CURVES, CONFUSION, PAGE, MODEL):
+                if (self._folder / name).exists():
+                    self._client.log_artifact(self.run_id, str(self._folder / name))
+            self._client.set_terminated(self.run_id, "FINISHED" if state == "completed" else "FAILED")
+
     def _made(self, identity: Mapping[str, Any], title: str) -> str:
-        experiment = self._client.get_experiment_by_name(identity["spec"]["study"])
-        name = experiment.experiment_id if experiment else self._client.create_experiment(identity["spec"]["study"])
+        study = identity["spec"]["study"]
+        experiment = self._client.get_experiment_by_name(study)
+        name = experiment.experiment_id if experiment else self._client.create_experiment(study)
         tags = {RUN_TAG: f"simulation {identity['digest'][:12]}", "mlflow.source.name": "medhive-simulate"}
         run = self._client.create_run(name, run_name=title, tags=tags)
         for key, value in flattened(identity).items():
             self._client.log_param(run.info.run_id, key, str(value)[:MAX_PARAM])
         return str(run.info.run_id)
 
-    def tell(self, values: Sequence[Value]) -> None:
-        """Log metrics; telling them again changes nothing, for each carries the time of its round."""
-        log_values(self._client, self.run_id, values)
+    @contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
-    def finish(self, state: str) -> None:
-        """Log the files of the folder and end the run."""
-        for name in (SUMMARY, ROUNDS_CSV, CURVES, CONFUSION, PAGE, MODEL):
-            if (self._folder / name).exists():
-                self._client.log_artifact(self.run_id, str(self._folder / name))
-        self._client.set_terminated(self.run_id, "FINISHED" if state == "completed" else "FAILED")
+        try:
+            yield
+        except (MlflowException, OSError, ModuleNotFoundError) as error:
+            raise TrackingFailed(
+                f"MLflow at {self._uri.rpartition('@')[2]} does not take the run: {str(error)[:MAX_PARAM]} Start it and "
+                "give the same command again, or leave out --mlflow and MLFLOW_TRACKING_URI."
+            ) from error

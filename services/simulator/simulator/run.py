@@ -25,7 +25,16 @@ from simulator.clients import ClientStates, InlineSites
 from simulator.desk import MODEL, RecordedRound, ResultDesk, ended
 from simulator.faults import Fates
 from simulator.federation import Federation, Source, read_federation, secret_of
-from simulator.results import SUMMARY, Tracking, final_values, own_values, summary_of, title_of, write_results
+from simulator.results import (
+    SUMMARY,
+    Tracking,
+    TrackingFailed,
+    final_values,
+    own_values,
+    summary_of,
+    title_of,
+    write_results,
+)
 from simulator.study import Simulation
 
 IDENTITY, WORK, STATES = "simulation.json", "work", "clients"
@@ -208,6 +217,7 @@ class _Work:
         names = self._federation.names
         write_results(self._out, summary, end, desk.record, clients=names, counts=counts, classes=classes)
         if self._tracking:
+            # All once more: what a server that was away for a while has not heard.
             values = [value for item in rounds for value in own_values(item)]
             self._tracking.tell([*values, *final_values(end, rounds)])
             self._tracking.finish(end.state)
@@ -262,7 +272,10 @@ class _Work:
     def _on_closed(self, recorded: RecordedRound) -> None:
         self._listener.on_line(round_text(recorded, self._options.rounds))
         if self._tracking:
-            self._tracking.tell(own_values(recorded))
+            try:
+                self._tracking.tell(own_values(recorded))
+            except TrackingFailed as error:
+                self._listener.on_line(f"{error} It is told again at the end.")
 
 
 def round_text(recorded: RecordedRound, rounds: int) -> str:

@@ -276,7 +276,9 @@ class Job:
         self._plan = plan
         self._model = workspace.model.new_model(weights)
         self._parameters = dict(self._model.named_parameters())
-        self._anchor = [parameter.detach().clone() for parameter in self._parameters.values()]
+        # Only the proximal term looks back at where the round began.
+        pulled = self._parameters.values() if plan.mu > 0 else ()
+        self._anchor = [parameter.detach().clone() for parameter in pulled]
         self._plain = workspace.model.plain
         if self._plain is not None:
             self._peak = (plan.lr or PLAIN_LR) * self._plain.lr_decay ** (plan.round - 1)
