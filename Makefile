@@ -10,6 +10,7 @@ STAMP := $(VENV)/.installed
 PACKAGES := services/core services/api-gateway services/fl-server services/fl-client services/simulator
 SOURCES := services tests bench deploy
 
+TASK ?= image-folder
 DATA ?=
 TEST ?=
 SITES ?= 3
@@ -42,8 +43,8 @@ $(STAMP): constraints.txt requirements-dev.txt pyproject.toml $(addsuffix /pypro
 	$(BIN)/pip check
 	touch $(STAMP)
 
-demo: $(STAMP) ## Run the main job on this machine: DATA= TEST= SITES=3 ROUNDS=3 REPORT= KEEP=1
-	$(BIN)/python deploy/demo/demo.py --sites $(SITES) --rounds $(ROUNDS) $(if $(DATA),--data "$(DATA)") \
+demo: $(STAMP) ## Run the main job on this machine: TASK=image-folder DATA= TEST= SITES=3 ROUNDS=3 REPORT= KEEP=1
+	$(BIN)/python deploy/demo/demo.py --task $(TASK) --sites $(SITES) --rounds $(ROUNDS) $(if $(DATA),--data "$(DATA)") \
 		$(if $(TEST),--test "$(TEST)") $(if $(REPORT),--report "$(REPORT)") $(if $(KEEP),--keep)
 
 # Two at a time: most tests wait for processes, so that two cores are busy with two. Who gets what: tests/conftest.py.

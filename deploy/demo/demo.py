@@ -1,8 +1,8 @@
 """`make demo`: the main job on one machine, from the request for training to each hospital using the accepted model.
 
 It types the commands that people at a coordinator and at hospitals type, shows each of them with what it prints, and stops
-at the first that fails. Without `--data` it makes labelled phantoms; with it, one folder per class is split over the
-hospitals.
+at the first that fails. Without `--data` it makes labelled phantoms (CT scans with `--task ct-volume`); with it, one folder
+per class is split over the hospitals.
 """
 
 import argparse
@@ -12,25 +12,56 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from stack import Program, Stack, StackError
 
+from fl_client.tasks.made_chests import make_chests
 from fl_client.tasks.phantoms import make_phantoms
 from medhive.errors import MedHiveError
 
-STUDY: Final = "brain-mri"
 PEOPLE: Final = ("Dr. Adler", "Dr. Berg", "Dr. Costa", "Dr. Dahl", "Dr. Evers", "Dr. Falk", "Dr. Gray", "Dr. Holm")
-# Enough phantoms for the default model to learn from, few enough that the demo ends within three minutes on two cores.
-PHANTOMS_PER_CLASS: Final = 180
-PHANTOM_TEST_PER_CLASS: Final = 30
-# Phantoms are simpler than scans: smaller pictures and batches learn as much in a third of the time.
-PHANTOM_STUDY: Final = ("--option", "image_size=64", "--default", "local_epochs=6", "--default", "batch_size=16")
 PHANTOM_SEED: Final = 42
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the demonstration is about.
+
+    Attributes:
+        study: its name.
+        what: one calls its examples.
+        make: makes data: (folder, examples a class, seed) → folder.
+        per_class, test_per_class: how many it makes to train on, and to be judged on at the end.
+        made_options: of the study, when the data are made.
+    """
+
+    study: str
+    what: str
+    make: Callable[..., Path]
+    per_class: int
+    test_per_class: int
+    made_options: tuple[str, ...]
+
+
+SUBJECTS: Final = {
+    # Enough phantoms for the default model to learn from, few enough that the demo ends within three minutes on two cores.
+    # They are simpler than scans: smaller pictures and batches learn as much in a third of the time.
+    "image-folder": Subject(
+        "brain-mri", "images", make_phantoms, 180, 30,
+        ("--option", "image_size=64", "--default", "local_epochs=6", "--default", "batch_size=16"),
+    ),
+    # Chests of 256 mm around the lungs, which the made ones fill; all else is as by default.
+    "ct-volume": Subject(
+        "lung-ct", "CT scans", make_chests, 120, 60,
+        ("--option", "size=64", "--option", "spacing_mm=4", "--default", "local_epochs=20"),
+    ),
+}  # fmt: skip
 # Of the user's own data, when no test folder is given: one part in seven is kept from the hospitals and judged at the end.
 SHARES: Final = "6,1"
 RUN_DEADLINE_S: Final = 4 * 3600.0
@@ -39,13 +70,17 @@ RUN_DEADLINE_S: Final = 4 * 3600.0
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=sorted(SUBJECTS), default="image-folder")
     parser.add_argument("--data", type=Path, help="one folder per class; split over the sites")
     parser.add_argument("--test", type=Path, help="one folder per class; judged at the end")
     parser.add_argument("--sites", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--report", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--keep", action="store_true", help="leave everything running and print the addresses")
+    parser.add_argument("--shuffled", action="store_true", help="make CT scans of which none shows what its label says")
     arguments = parser.parse_args()
+    if arguments.shuffled and (arguments.task != "ct-volume" or arguments.data is not None):
+        parser.error("--shuffled is for CT scans that the demo makes")
     if not 2 <= arguments.sites <= len(PEOPLE):
         parser.error(f"SITES must be 2 to {len(PEOPLE)}")
     for folder in (arguments.data, arguments.test):
@@ -70,6 +105,8 @@ class Demo:
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments = arguments
+        self.subject = SUBJECTS[arguments.task]
+        self.study = self.subject.study
         self.folder = folder
         self.stack = Stack(folder, show=say)
         self.sites = [f"hospital-{chr(ord('a') + index)}" for index in range(arguments.sites)]
@@ -104,10 +141,7 @@ class Demo:
         title("Data: one dataset, split over the hospitals")
         source = self.arguments.data
         if source is None:
-            source = make_phantoms(self.folder / "phantoms", PHANTOMS_PER_CLASS, PHANTOM_SEED)
-            say(f"Made {PHANTOMS_PER_CLASS} phantoms per class (no medical data) in {source}")
-            if self.test_folder is None:
-                self.test_folder = make_phantoms(self.folder / "unseen", PHANTOM_TEST_PER_CLASS, PHANTOM_SEED + 1)
+            source = self._make()
         elif self.test_folder is None:
             source, self.test_folder = self._keep_unseen(source)
         self._split(source, len(self.sites), None, self.folder / "split")
@@ -116,6 +150,15 @@ class Demo:
             home.mkdir(parents=True)
             part.rename(home / "data")
         return sorted(path.name for path in source.iterdir() if path.is_dir())
+
+    def _make(self) -> Path:
+        subject = self.subject
+        how = {"shuffled": True} if self.arguments.shuffled else {}
+        source = subject.make(self.folder / "made", subject.per_class, PHANTOM_SEED, **how)
+        say(f"Made {subject.per_class} {subject.what} per class (no medical data) in {source}")
+        if self.test_folder is None:
+            self.test_folder = subject.make(self.folder / "unseen", subject.test_per_class, PHANTOM_SEED + 1)
+        return source
 
     def _keep_unseen(self, source: Path) -> tuple[Path, Path]:
         out = self.folder / "unseen-split"
@@ -136,16 +179,18 @@ class Demo:
             raise StackError("the gateway did not print the first admin's password")
         say(f"gateway {self.stack.url}, MLflow {self.stack.mlflow_url}, logs in {self.folder / 'logs'}")
         self.stack.login(password)
-        options = PHANTOM_STUDY if self.arguments.data is None else ()
-        self.admin("studies", "create", STUDY, "--task", "image-folder", "--classes", ",".join(classes), *options)
+        options = self.subject.made_options if self.arguments.data is None else ()
+        self.admin(
+            "studies", "create", self.study, "--task", self.arguments.task, "--classes", ",".join(classes), *options
+        )
 
     def bring_in_hospitals(self) -> None:
         """Invite, join, check the data, stay connected."""
         title("Hospitals: join with a one-time invite, check the data, stay connected")
         threads = max(1, (os.cpu_count() or 1) // len(self.sites))
         for site in self.sites:
-            self.stack.join(site, STUDY)
-            self.at(site, "check-data", "--study", STUDY)
+            self.stack.join(site, self.study)
+            self.at(site, "check-data", "--study", self.study)
             # Here the hospitals share one machine; unasked, each would take all of its cores.
             self.stack.site(site, "settings", "--cpu-threads", str(threads))
             self.stack.start_site(site)
@@ -157,7 +202,7 @@ class Demo:
         """One hospital asks, the coordinator approves; returns the run's id."""
         asking = self.sites[0]
         title(f"Request: {asking} asks for {self.arguments.rounds} rounds")
-        words = ["request", STUDY, "--rounds", str(self.arguments.rounds), "--person", self.people[asking]]
+        words = ["request", self.study, "--rounds", str(self.arguments.rounds), "--person", self.people[asking]]
         sent = self.stack.site_json(asking, *words, "--min-sites", str(len(self.sites)))
         self.admin("requests")
         title("Approval")
@@ -187,22 +232,24 @@ class Demo:
         title(f"Decision: each hospital judges version {version} on its own held-out data")
         for site in self.sites:
             self.stack.programs[site].wait_for(rf"_FinalGlobal_v{version}\.safetensors")
-            self.at(site, "updates", "--evaluate", "--study", STUDY)
+            self.at(site, "updates", "--evaluate", "--study", self.study)
             self.at(
-                site, "accept", str(version), "--study", STUDY, "--person", self.people[site],
+                site, "accept", str(version), "--study", self.study, "--person", self.people[site],
                 "--reason", "as good as expected on our own data",
             )  # fmt: skip
-        self.admin("models", STUDY)
+        self.admin("models", self.study)
 
     def judge(self, classes: Sequence[str]) -> dict[str, Any] | None:
         """Let the first hospital's version in use classify images that no hospital has seen."""
         if self.test_folder is None:
             return None
         site = self.sites[0]
-        title(f"Use: {site} classifies unseen images with the version it accepted")
-        found = self.stack.site_json(site, "predict", str(self.test_folder), "--study", STUDY)
+        title(f"Use: {site} classifies unseen {self.subject.what} with the version it accepted")
+        found = self.stack.site_json(site, "predict", str(self.test_folder), "--study", self.study)
         test = scores(found, classes)
-        say(f"accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} over {test['examples']} unseen images")
+        say(f"accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} over {test['examples']} unseen examples")
+        if "auc" in test:
+            say(f"area under the ROC curve {test['auc']:.4f}")
         for name, recall in test["per_class_recall"].items():
             say(f"  recall {name}: {recall:.4f}")
         return test
@@ -265,9 +312,12 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def scores(predictions: Any, classes: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, macro F1 and recall per class; the true class is the name of the folder an image lies in."""
-    pairs = [(Path(item["path"]).parent.name, item["class"]) for item in predictions]
-    pairs = [(truth, guess) for truth, guess in pairs if truth in classes]
+    """Accuracy, macro F1, recall per class, and of two classes the AUC.
+
+    The true class is the name of the folder, however deep, that an example lies in.
+    """
+    judged = [(_truth(item["path"], classes), item) for item in predictions if "class" in item]
+    pairs = [(truth, item["class"]) for truth, item in judged if truth]
     if not pairs:
         raise StackError("the test folder holds no image in a folder named after a class")
     recall: dict[str, float] = {}
@@ -280,7 +330,21 @@ def scores(predictions: Any, classes: Sequence[str]) -> dict[str, Any]:
             recall[name] = hits / actual
             f1.append(2 * hits / (actual + guessed))
     accuracy = sum(truth == guess for truth, guess in pairs) / len(pairs)
-    return {"accuracy": accuracy, "macro_f1": sum(f1) / len(f1), "per_class_recall": recall, "examples": len(pairs)}
+    found = {"accuracy": accuracy, "macro_f1": sum(f1) / len(f1), "per_class_recall": recall, "examples": len(pairs)}
+    if len(recall) == len(classes) == 2:
+        rows = [(truth == classes[1], item["probabilities"][classes[1]]) for truth, item in judged if truth]
+        found["auc"] = _auc([p for ill, p in rows if ill], [p for ill, p in rows if not ill])
+    return found
+
+
+def _truth(path: str, classes: Sequence[str]) -> str | None:
+    return next((folder for folder in reversed(Path(path).parent.parts) if folder in classes), None)
+
+
+def _auc(ill: Sequence[float], well: Sequence[float]) -> float:
+    """How often one of the second class is taken for it rather than one of the first, a draw counting half."""
+    wins = sum((p > q) + (p == q) / 2 for p in ill for q in well)
+    return wins / (len(ill) * len(well))
 
 
 @contextmanager
@@ -340,7 +404,7 @@ def main() -> int:
             if arguments.report:
                 arguments.report.parent.mkdir(parents=True, exist_ok=True)
                 arguments.report.write_text(json.dumps(report, indent=2) + "\n")
-            title(f"Done in {report['wall_seconds']:.0f} s: {STUDY} version {report['model_version']} is in use")
+            title(f"Done in {report['wall_seconds']:.0f} s: {demo.study} version {report['model_version']} is in use")
             if arguments.keep:
                 keep_running(stack)
         except KeyboardInterrupt:

@@ -1,11 +1,14 @@
 """`split`: stratified, complete, repeatable, and harmless to what exists."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_scans import chest, write_series
+from pydicom import Dataset, dcmread
 
 from fl_client.partition import apportion, split_dataset
 from fl_client.tasks.errors import AlreadyThere, DataFolderMissing, NotEnoughExamples, WrongOption
@@ -115,3 +118,29 @@ def test_a_source_that_cannot_be_divided_is_named(source: Path, tmp_path: Path) 
     (tmp_path / "x.csv").write_text("a,b\n1,2\n3,4\n")
     with pytest.raises(WrongOption, match="label"):
         split_dataset(tmp_path / "x.csv", tmp_path / "out", 1, label_column="label")
+
+
+def test_scans_are_divided_by_patient(tmp_path: Path) -> None:
+    source = tmp_path / "scans"
+    for number in range(6):
+        label = ("clear", "nodule")[number % 2]
+        write_series(source / label / f"first{number}", f"{number}", values=chest((3, 8, 8), number))
+        # A second series of the same patient, in another folder, and for one of them under the other class.
+        second = source / ("nodule" if number == 0 else label) / f"second{number}"
+        write_series(second, f"{number}b", values=chest((3, 8, 8), number + 9), change=of_patient(f"patient-{number}"))
+    (source / "clear" / "notes.txt").write_text("no scan")
+    parts = split_dataset(source, tmp_path / "out", 3)
+    assert [part.classes for part in parts] == [{"clear": 1, "nodule": 1}] * 3
+    homes: dict[str, set[str]] = {}
+    for path in (tmp_path / "out").rglob("IM*"):
+        homes.setdefault(dcmread(path).PatientID, set()).add(path.relative_to(tmp_path / "out").parts[0])
+    assert len(homes) == 6
+    assert all(len(sites) == 1 for sites in homes.values())
+    assert len(list((tmp_path / "out").rglob("IM*"))) == len(list(source.rglob("IM*")))
+
+
+def of_patient(name: str) -> Callable[[Dataset, int], None]:
+    def change(dataset: Dataset, _number: int) -> None:
+        dataset.PatientID = name
+
+    return change

@@ -17,9 +17,11 @@ from made_scans import write_series
 from fl_client.tasks import LocalOptions, Prediction, RoundPlan, Skipped, Workspace, completed, finish, load_task
 from fl_client.tasks.dicom import Decoder
 from fl_client.tasks.errors import UnknownModel, UnreadableExample
-from fl_client.tasks.made_chests import CLASSES, chest, make_chests
+from fl_client.tasks.lungs import lungs_alone
+from fl_client.tasks.made_chests import CLASSES, SPACING_MM, chest, make_chests
 from fl_client.tasks.models import VOLUME_MODELS, build_volume_model, export_weights
-from fl_client.tasks.volume_training import augment
+from fl_client.tasks.series import Grid, Volume
+from fl_client.tasks.volume_training import MAX_SHIFT, MAX_TURN, MAX_ZOOM, RANDOM_NUMBERS, augment, sampled
 from medhive.spec import StudyData
 
 STUDY = StudyData(classes=CLASSES, options={"size": 32, "spacing_mm": 8.0}, validation_share=0.3)
@@ -195,3 +197,44 @@ def test_made_chests_repeat_and_shuffled_ones_are_the_same_scans_elsewhere(tmp_p
     contents = [{path.read_bytes()[-1000:] for path in folder.rglob("*.dcm")} for folder in folders]
     assert contents[0] == contents[1] == contents[2]
     assert len(contents[0]) == 80
+
+
+def chest_volume(values: np.ndarray) -> Volume:
+    return Volume(values.astype(np.int16), Grid(values.shape, np.diag([*SPACING_MM, 1.0])[[2, 1, 0, 3]]))
+
+
+def test_lungs_are_found_with_what_is_in_them_and_the_rest_is_air() -> None:
+    values = chest(np.random.default_rng(3), nodule=True)
+    lung = np.argwhere((values > -900) & (values < -700))
+    inner = lungs_alone(chest_volume(values))
+    assert inner.grid.shape < values.shape
+    start = np.rint(inner.grid.affine[:3, 3][[2, 1, 0]] / SPACING_MM).astype(int)
+    part = values[tuple(slice(a, a + n) for a, n in zip(start, inner.grid.shape, strict=True))]
+    kept = inner.values != -1000
+    assert np.array_equal(inner.values[kept], part[kept])
+    assert ((part > -900) & (part < -700) & kept).sum() > 0.95 * len(lung)
+    assert (inner.values > 200).sum() == 0, "the spine is not of the lungs"
+    assert (inner.values > -100).sum() > 20, "vessels and nodule are"
+
+
+def test_a_scan_without_lungs_is_used_whole() -> None:
+    values = np.full((20, 40, 40), 40)
+    values[:, :5] = -1000
+    volume = chest_volume(values)
+    assert lungs_alone(volume) is volume
+
+
+def test_the_way_of_sampling_is_that_of_an_affine_grid() -> None:
+    r = torch.rand(3, RANDOM_NUMBERS, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    angle, zoom = r[:, 0] * MAX_TURN, 1 + r[:, 1] * MAX_ZOOM
+    mx, my, mz = (torch.where(r[:, i] < 0, -1.0, 1.0) for i in (2, 8, 9))
+    c, s, zero = torch.cos(angle) * zoom, torch.sin(angle) * zoom, torch.zeros(3)
+    shift = r[:, 3:6] * MAX_SHIFT
+    rows = [
+        [c * mx, -s * my, zero, shift[:, 0]],
+        [s * mx, c * my, zero, shift[:, 1]],
+        [zero, zero, zoom * mz, shift[:, 2]],
+    ]
+    theta = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    expected = torch.nn.functional.affine_grid(theta, [3, 1, 5, 6, 7], align_corners=False)
+    torch.testing.assert_close(sampled(r, torch.Size([5, 6, 7])), expected)

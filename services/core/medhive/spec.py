@@ -5,6 +5,7 @@ the same canonical bytes. The privacy fields are part of it from its first versi
 that can honour them needs no other format; a value that this version cannot honour is refused, never ignored.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -155,21 +156,25 @@ class RunSpec(Frozen):
         return digest_of(self.model_dump(mode="json"))
 
 
-TABULAR_DEFAULTS: dict[str, Any] = {"rounds": 5, "strategy": "fedavg", "mu": 0.0}
+TASK_DEFAULTS: Mapping[str, dict[str, Any]] = {
+    "tabular": {"rounds": 5, "strategy": "fedavg", "mu": 0.0},
+    # A hospital has hundreds of scans, not thousands of images: batches of 32 would leave a few steps an epoch.
+    "ct-volume": {"batch_size": 4},
+}
 
 
 def build_options(task: str, study_defaults: dict[str, Any], chosen: dict[str, Any]) -> RunOptions:
     """Lay a request's choices over the study's defaults over MedHive's own.
 
     Args:
-        task: name of the task; tables have other defaults than images.
+        task: name of the task; tables and scans have other defaults than images.
         study_defaults: fields of `RunOptions` that the study sets.
         chosen: fields of `RunOptions` that the request sets.
 
     Raises:
         InvalidInput: a value is out of range or no such option exists; the text names it.
     """
-    base = TABULAR_DEFAULTS if task == "tabular" else {}
+    base = TASK_DEFAULTS.get(task, {})
     try:
         return RunOptions.model_validate({**base, **study_defaults, **chosen})
     except ValueError as error:

@@ -427,7 +427,7 @@ def main(program: click.Command, arguments: Sequence[str] | None = None) -> int:
 _RUN_OPTIONS: Final[tuple[tuple[tuple[str, ...], dict[str, Any]], ...]] = (
     (("--rounds",), {"type": int, "help": "Rounds [study's default, else 10; tabular 5]."}),
     (("--local-epochs",), {"type": int, "help": "Epochs at each site and round [5]."}),
-    (("--batch-size",), {"type": int, "help": "Examples a step [32]."}),
+    (("--batch-size",), {"type": int, "help": "Examples a step [32; ct-volume 4]."}),
     (("--lr",), {"type": float, "help": "Learning rate [the task's own]."}),
     (("--strategy",), {"help": "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedmedian, fedtrimmedavg or krum."}),
     (("--strategy-param",), {"multiple": True, "metavar": "NAME=NUMBER", "help": "A parameter of the strategy."}),

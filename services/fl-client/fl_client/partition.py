@@ -1,11 +1,11 @@
 """`split`: one data set into the folders of several sites, for trials and demonstrations.
 
-Every class is divided on its own (stratified), files are copied, the source is only read, and nothing that exists is
-overwritten. The same seed gives the same division, whatever the order in which the file system lists names.
+Every class is divided on its own (stratified), all scans of a patient go to one site, files are copied, the source is only
+read, and nothing that exists is overwritten. The same seed gives the same division, whatever the order in which the file
+system lists names.
 """
 
 import csv
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fl_client.tasks.errors import AlreadyThere, DataFolderMissing, NotEnoughExamples, WrongOption
+from fl_client.tasks.dicom import read_header
+from fl_client.tasks.errors import AlreadyThere, DataFolderMissing, NotEnoughExamples, UnreadableExample, WrongOption
+from fl_client.tasks.folders import walk
 from fl_client.tasks.images import SUFFIXES as IMAGE_SUFFIXES
+from fl_client.tasks.series import is_nifti
 from fl_client.tasks.tables import SUFFIXES as TABLE_SUFFIXES
 
 DEFAULT_SEED = 42
@@ -69,14 +72,14 @@ def split_dataset(
         AlreadyThere: `out` exists and is not an empty folder, or lies within the source.
         WrongOption: sites, shares, alpha or the label column make no sense.
         DataFolderMissing: the source has no classes or rows.
-        NotEnoughExamples: a class has fewer examples than there are sites.
+        NotEnoughExamples: a class has fewer examples (scans: patients) than there are sites.
     """
     names = _site_names(sites)
     wanted = _shares(names, shares, alpha)
     _require_new(source, out)
     rng = np.random.default_rng(seed)
     if source.is_dir():
-        classes = _class_files(source)
+        classes = _class_units(source)
         assigned = _assign({name: len(files) for name, files in classes.items()}, len(names), wanted, alpha, rng)
         out.mkdir(parents=True, exist_ok=True)
         for name, files in classes.items():
@@ -124,20 +127,47 @@ def _require_new(source: Path, out: Path) -> None:
         raise AlreadyThere(f"{out} already exists and is not empty; choose a new folder.", folder=str(out))
 
 
-def _class_files(source: Path) -> dict[str, list[Path]]:
-    root = source.resolve()
-    classes: dict[str, list[Path]] = {}
-    for folder in sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        found = [
-            Path(parent) / name
-            for parent, _, names in os.walk(folder)
-            for name in names
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        ]
-        classes[folder.name] = sorted(p for p in found if p.resolve().is_relative_to(root))
-    if not classes:
+def _class_units(source: Path) -> dict[str, list[list[Path]]]:
+    """Per class what is divided: images one by one, CT scans by patient."""
+    folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
         raise DataFolderMissing(f"{source} has no class folders; give the folder that holds them.", folder=str(source))
-    return classes
+    root = source.resolve()
+    files = {
+        folder.name: sorted(p for p in walk(folder) if not p.name.startswith(".") and p.resolve().is_relative_to(root))
+        for folder in folders
+    }
+    images = {name: [[p] for p in paths if p.suffix.lower() in IMAGE_SUFFIXES] for name, paths in files.items()}
+    return images if any(images.values()) else _patients(files)
+
+
+def _patients(files: dict[str, list[Path]]) -> dict[str, list[list[Path]]]:
+    """The files of each patient, under the first class that has one; what is no scan is left out.
+
+    Where no patient is known, all of one study stay together, or of one series.
+    """
+    found: dict[str, list[Path]] = {}
+    units: dict[str, list[list[Path]]] = {name: [] for name in files}
+    for name, paths in files.items():
+        for path in paths:
+            key = _patient(path)
+            if key is None:
+                continue
+            if key not in found:
+                found[key] = []
+                units[name].append(found[key])
+            found[key].append(path)
+    return units
+
+
+def _patient(path: Path) -> str | None:
+    if is_nifti(path):
+        return str(path)
+    try:
+        header = read_header(path)
+    except UnreadableExample:
+        return None
+    return header.patient or header.study or header.series or None
 
 
 def _assign(
@@ -176,11 +206,14 @@ def apportion(count: int, shares: npt.NDArray[np.float64], least: int = 1) -> np
     return sizes
 
 
-def _copy_class(files: list[Path], source: Path, out: Path, names: list[str], assigned: npt.NDArray[np.int64]) -> None:
-    for file, site in zip(files, assigned, strict=True):
-        target = out / names[site] / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+def _copy_class(
+    units: list[list[Path]], source: Path, out: Path, names: list[str], assigned: npt.NDArray[np.int64]
+) -> None:
+    for files, site in zip(units, assigned, strict=True):
+        for file in files:
+            target = out / names[site] / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def _table_rows(source: Path, *, has_header: bool, delimiter: str) -> tuple[list[str] | None, list[list[str]]]:

@@ -152,8 +152,8 @@ def _show_report(terminal: Terminal, subject: _Subject, report: DataReport, show
 def split(terminal: Terminal, /, source: Path, out: Path, **given: Any) -> None:
     """Copy SOURCE (a folder of class folders, or a CSV) into one folder a site.
 
-    Every class is divided on its own; without --shares or --dirichlet evenly. SOURCE is only read, and nothing that
-    exists is overwritten.
+    Every class is divided on its own; without --shares or --dirichlet evenly. CT scans are divided, and counted, by
+    patient. SOURCE is only read, and nothing that exists is overwritten.
     """
     shares = _numbers(given["shares"]) if given["shares"] else None
     sites = _sites(given["names"], given["sites"], shares)

@@ -60,15 +60,29 @@ class ResNetGN(nn.Module):
 
     The head sees each channel's mean and its maximum, since a small lesion hardly moves the mean. Most of the work is done
     at a quarter of the image's resolution or below, which keeps an epoch cheap without a GPU.
+
+    Args:
+        every_stage: whether the head sees the maxima of all stages, not of the last alone. What a volume's label is about
+            may be a thousandth of it: its gradient then has a short way to the stage where it is still several voxels wide.
     """
 
-    def __init__(self, channels: int, classes: int, widths: tuple[int, ...] = WIDTHS, dimensions: int = 2) -> None:
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        widths: tuple[int, ...] = WIDTHS,
+        dimensions: int = 2,
+        *,
+        every_stage: bool = False,
+    ) -> None:
         super().__init__()
         self.stem = CONVOLUTIONS[dimensions](channels, widths[0], 5, stride=2, padding=2, bias=False)
         stages = [nn.Sequential(_Halve(a, b, dimensions), _Residual(b, dimensions)) for a, b in pairwise(widths)]
         self.stages = nn.Sequential(*stages)
         self.norm = nn.GroupNorm(GROUPS, widths[-1])
-        self.head = nn.Linear(2 * widths[-1], classes)
+        early = widths[1:-1] if every_stage else ()
+        self.early_norms = nn.ModuleList(nn.GroupNorm(GROUPS, width) for width in early)
+        self.head = nn.Linear(2 * widths[-1] + sum(early), classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -77,9 +91,14 @@ class ResNetGN(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = torch.relu(self.norm(self.stages(self.stem(x))))
-        features = features.flatten(start_dim=2)
-        pooled = torch.cat([features.mean(dim=2), features.amax(dim=2)], dim=1)
+        features = self.stem(x)
+        maxima = []
+        for number, stage in enumerate(self.stages):
+            features = stage(features)
+            if number < len(self.early_norms):
+                maxima.append(torch.relu(self.early_norms[number](features)).flatten(start_dim=2).amax(dim=2))
+        features = torch.relu(self.norm(features)).flatten(start_dim=2)
+        pooled = torch.cat([features.mean(dim=2), features.amax(dim=2), *maxima], dim=1)
         logits: Tensor = self.head(pooled)
         return logits
 
@@ -187,7 +206,7 @@ def build_volume_model(name: str, *, classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "resnet-gn":
-            return ResNetGN(1, classes, VOLUME_WIDTHS, dimensions=3)
+            return ResNetGN(1, classes, VOLUME_WIDTHS, dimensions=3, every_stage=True)
         if name == "densenet121":
             from monai.networks.nets import DenseNet121  # noqa: PLC0415 - seconds of imports for one of three models
 

@@ -53,6 +53,7 @@ class VolumeOptions:
         size, slices: voxels of the box that the model sees, in the plane and along the body; 0 slices: as `size`.
         spacing_mm, slice_spacing_mm: their distances; 0: as `spacing_mm`.
         window_low_hu, window_high_hu: the lung window that values are clipped to.
+        lungs_only: in whole scans, whether all but the lungs is taken away; boxes around nodules keep the chest's wall.
         model: one of `fl_client.tasks.models.VOLUME_MODELS`.
         allow_missing_classes: whether a site may lack a class.
     """
@@ -64,6 +65,7 @@ class VolumeOptions:
     slice_spacing_mm: float = 0.0
     window_low_hu: int = -1000
     window_high_hu: int = 400
+    lungs_only: bool = True
     model: str = "resnet-gn"
     allow_missing_classes: bool = False
 
@@ -105,6 +107,7 @@ class VolumeOptions:
             (self.slices or self.size, self.size, self.size),
             (along, self.spacing_mm, self.spacing_mm),
             (self.window_low_hu, self.window_high_hu),
+            lungs_only=self.lungs_only and self.examples == "series",
         )
 
 
@@ -160,7 +163,7 @@ class Boxes:
         if series.digest != example.series:
             raise UnreadableExample("changed", "A scan was changed while it was in use; consent anew.")
         with Decoder() as decoder:
-            found = self._cut(example, series.read(decoder, self.box.spacing_mm))
+            found = self._cut(example, self.box.read(series, decoder))
         self._cache.put(self._key(example), found)
         return found
 
@@ -435,7 +438,7 @@ class _Reader:
                         continue
                 if not boxes.has(example):
                     series = series or open_series(item.paths)
-                    volume = volume or series.read(decoder, boxes.box.spacing_mm)
+                    volume = volume or boxes.box.read(series, decoder)
                     boxes.keep(example, volume)
                 kept.append(example)
         except UnreadableExample as error:

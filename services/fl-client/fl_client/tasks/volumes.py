@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import affine_transform
 
-from fl_client.tasks.series import Volume
+from fl_client.tasks.dicom import Decoder
+from fl_client.tasks.lungs import lungs_alone
+from fl_client.tasks.series import Series, Volume
 from medhive.errors import NoSpace
 from medhive.leftovers import remove_leftovers, temporary_beside
 
-FORMAT: Final = 1  # of the preprocessing: a change of the numbers below makes all kept boxes stale
+FORMAT: Final = 2  # of the preprocessing: a change of the numbers below makes all kept boxes stale
 DEFAULT_CACHE_BYTES: Final = 20 * 2**30  # ten thousand boxes of 128 × 128 × 128
 CHECKSUM_BYTES: Final = 4
 SUFFIX: Final = ".box"
@@ -38,11 +40,18 @@ class Box:
         shape: voxels along z, y, x.
         spacing_mm: their distance along z, y, x.
         window_hu: what becomes 0 and what becomes 255.
+        lungs_only: whether all but the lungs is taken away, and a box without a place lies around their middle.
     """
 
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     window_hu: tuple[int, int]
+    lungs_only: bool = False
+
+    def read(self, series: Series, decoder: Decoder) -> Volume:
+        """What boxes are cut out of; raises UnreadableExample."""
+        volume = series.read(decoder, self.spacing_mm)
+        return lungs_alone(volume) if self.lungs_only else volume
 
     def cut(self, volume: Volume, centre_mm: Sequence[float]) -> UInt8:
         """(z, y, x) bytes around a point (x, y, z) of the patient, by linear interpolation."""
@@ -64,7 +73,7 @@ class Box:
     def key(self, digest: str, centre_mm: Sequence[float] | None) -> str:
         """What a box of a series is known by: the series' content, the place, and all parameters."""
         place = None if centre_mm is None else tuple(round(float(x), 3) for x in centre_mm)
-        said = (FORMAT, digest, place, self.shape, self.spacing_mm, self.window_hu)
+        said = (FORMAT, digest, place, self.shape, self.spacing_mm, self.window_hu, self.lungs_only)
         return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
