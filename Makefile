@@ -17,6 +17,8 @@ SITES ?= 3
 ROUNDS ?= 3
 REPORT ?=
 KEEP ?=
+SCAN ?=
+SHUFFLED ?=
 FILE ?=
 DIR ?= images
 
@@ -43,9 +45,10 @@ $(STAMP): constraints.txt requirements-dev.txt pyproject.toml $(addsuffix /pypro
 	$(BIN)/pip check
 	touch $(STAMP)
 
-demo: $(STAMP) ## Run the main job on this machine: TASK=image-folder DATA= TEST= SITES=3 ROUNDS=3 REPORT= KEEP=1
+demo: $(STAMP) ## Run the main job on this machine: TASK=image-folder DATA= TEST= SITES=3 ROUNDS=3 REPORT= KEEP=1 SCAN= SHUFFLED=1
 	$(BIN)/python deploy/demo/demo.py --task $(TASK) --sites $(SITES) --rounds $(ROUNDS) $(if $(DATA),--data "$(DATA)") \
-		$(if $(TEST),--test "$(TEST)") $(if $(REPORT),--report "$(REPORT)") $(if $(KEEP),--keep)
+		$(if $(TEST),--test "$(TEST)") $(if $(REPORT),--report "$(REPORT)") $(if $(KEEP),--keep) \
+		$(if $(SCAN),--scan "$(SCAN)") $(if $(SHUFFLED),--shuffled)
 
 # Two at a time: most tests wait for processes, so that two cores are busy with two. Who gets what: tests/conftest.py.
 WORKERS ?= 2

@@ -3,6 +3,7 @@
 Both are `make demo TASK=ct-volume` with all its processes. Prints one JSON document.
 
     python bench/ct.py
+    python bench/ct.py --scan <folder>   # with copies of a real chest CT, a folder of DICOM files
     python bench/ct.py --only labels     # without the shuffled ones
 """
 
@@ -60,12 +61,14 @@ def main() -> int:
     """Exit 1 when the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scan", type=Path, help="put the balls into copies of this chest CT")
     parser.add_argument("--only", choices=["labels"], help="leave out the shuffled labels")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     given = parser.parse_args()
-    found = {"labels": demonstration(rounds=given.rounds)}
+    scan = ["--scan", str(given.scan)] if given.scan is not None else []
+    found = {"labels": demonstration(*scan, rounds=given.rounds)}
     if given.only is None:
-        found["shuffled"] = demonstration("--shuffled", rounds=given.rounds)
+        found["shuffled"] = demonstration(*scan, "--shuffled", rounds=given.rounds)
     text = json.dumps({"cores": os.cpu_count(), "reached": reached(found), **found}, indent=2)
     print(text)
     if given.out is not None:

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from stack import Program, Stack, StackError
 
-from fl_client.tasks.made_chests import make_chests
+from fl_client.tasks.made_chests import make_chests, make_chests_from
 from fl_client.tasks.phantoms import make_phantoms
 from medhive.errors import MedHiveError
 
@@ -62,6 +63,7 @@ SUBJECTS: Final = {
         ("--option", "size=64", "--option", "spacing_mm=4", "--default", "local_epochs=20"),
     ),
 }  # fmt: skip
+FLAT: Final = ("--option", "slices=32")  # the real scan that balls are put into may be a few centimetres high
 # Of the user's own data, when no test folder is given: one part in seven is kept from the hospitals and judged at the end.
 SHARES: Final = "6,1"
 RUN_DEADLINE_S: Final = 4 * 3600.0
@@ -77,13 +79,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--report", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--keep", action="store_true", help="leave everything running and print the addresses")
+    parser.add_argument("--scan", type=Path, help="a chest CT in DICOM: make the CT scans out of copies of it")
     parser.add_argument("--shuffled", action="store_true", help="make CT scans of which none shows what its label says")
     arguments = parser.parse_args()
-    if arguments.shuffled and (arguments.task != "ct-volume" or arguments.data is not None):
-        parser.error("--shuffled is for CT scans that the demo makes")
+    made = arguments.shuffled or arguments.scan is not None
+    if made and (arguments.task != "ct-volume" or arguments.data is not None):
+        parser.error("--shuffled and --scan are for CT scans that the demo makes (--task ct-volume without --data)")
     if not 2 <= arguments.sites <= len(PEOPLE):
         parser.error(f"SITES must be 2 to {len(PEOPLE)}")
-    for folder in (arguments.data, arguments.test):
+    for folder in (arguments.data, arguments.test, arguments.scan):
         if folder is not None and not folder.is_dir():
             parser.error(f"{folder} is no folder")
     return arguments
@@ -154,10 +158,13 @@ class Demo:
     def _make(self) -> Path:
         subject = self.subject
         how = {"shuffled": True} if self.arguments.shuffled else {}
-        source = subject.make(self.folder / "made", subject.per_class, PHANTOM_SEED, **how)
+        make = subject.make
+        if self.arguments.scan is not None:
+            make = partial(make_chests_from, self.arguments.scan)
+        source = make(self.folder / "made", subject.per_class, PHANTOM_SEED, **how)
         say(f"Made {subject.per_class} {subject.what} per class (no medical data) in {source}")
         if self.test_folder is None:
-            self.test_folder = subject.make(self.folder / "unseen", subject.test_per_class, PHANTOM_SEED + 1)
+            self.test_folder = make(self.folder / "unseen", subject.test_per_class, PHANTOM_SEED + 1)
         return source
 
     def _keep_unseen(self, source: Path) -> tuple[Path, Path]:
@@ -180,6 +187,8 @@ class Demo:
         say(f"gateway {self.stack.url}, MLflow {self.stack.mlflow_url}, logs in {self.folder / 'logs'}")
         self.stack.login(password)
         options = self.subject.made_options if self.arguments.data is None else ()
+        if self.arguments.scan is not None:
+            options += FLAT
         self.admin(
             "studies", "create", self.study, "--task", self.arguments.task, "--classes", ",".join(classes), *options
         )

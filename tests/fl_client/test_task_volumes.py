@@ -18,8 +18,9 @@ from fl_client.tasks import LocalOptions, Prediction, RoundPlan, Skipped, Worksp
 from fl_client.tasks.dicom import Decoder
 from fl_client.tasks.errors import UnknownModel, UnreadableExample
 from fl_client.tasks.lungs import lungs_alone
-from fl_client.tasks.made_chests import CLASSES, SPACING_MM, chest, make_chests
+from fl_client.tasks.made_chests import CLASSES, SPACING_MM, chest, make_chests, make_chests_from
 from fl_client.tasks.models import VOLUME_MODELS, build_volume_model, export_weights
+from fl_client.tasks.scans import open_series
 from fl_client.tasks.series import Grid, Volume
 from fl_client.tasks.volume_training import MAX_SHIFT, MAX_TURN, MAX_ZOOM, RANDOM_NUMBERS, augment, sampled
 from medhive.spec import StudyData
@@ -217,6 +218,15 @@ def test_lungs_are_found_with_what_is_in_them_and_the_rest_is_air() -> None:
     assert (inner.values > -100).sum() > 20, "vessels and nodule are"
 
 
+def test_the_middle_of_a_large_nodule_is_kept() -> None:
+    values = chest(np.random.default_rng(3), nodule=False)
+    z, y, x = np.ogrid[:40, :80, :80]
+    ball = np.sqrt(((z - 20) * 5.0) ** 2 + ((y - 40) * 4.0) ** 2 + ((x - 56) * 4.0) ** 2) < 20
+    values[ball] = 60
+    inner = lungs_alone(chest_volume(values))
+    assert (inner.values == 60).sum() == ball.sum()
+
+
 def test_a_scan_without_lungs_is_used_whole() -> None:
     values = np.full((20, 40, 40), 40)
     values[:, :5] = -1000
@@ -238,3 +248,26 @@ def test_the_way_of_sampling_is_that_of_an_affine_grid() -> None:
     theta = torch.stack([torch.stack(row, 1) for row in rows], 1)
     expected = torch.nn.functional.affine_grid(theta, [3, 1, 5, 6, 7], align_corners=False)
     torch.testing.assert_close(sampled(r, torch.Size([5, 6, 7])), expected)
+
+
+def test_balls_are_put_into_copies_of_a_scan(tmp_path: Path) -> None:
+    clear = make_chests(tmp_path / "source", 1, seed=5) / "clear" / "scan_0000"
+    folders = [make_chests_from(clear, tmp_path / name, 2, seed=1) for name in ("a", "b")]
+    first, again = ([path.read_bytes() for path in sorted(folder.rglob("*.dcm"))] for folder in folders)
+    assert first == again
+    bright = {}
+    with Decoder() as decoder:
+        for label in CLASSES:
+            for scan_folder in sorted((folders[0] / label).iterdir()):
+                lungs = lungs_alone(open_series(sorted(scan_folder.iterdir())).read(decoder))
+                bright.setdefault(label, []).append(int((lungs.values > -200).sum()))
+    assert max(bright["clear"]) < min(bright["nodule"])
+    with pytest.raises(UnreadableExample, match="No lungs"):
+        make_chests_from(empty_scan(tmp_path / "empty"), tmp_path / "c", 1)
+
+
+def empty_scan(folder: Path) -> Path:
+    values = np.full((6, 30, 30), 40, np.int16)
+    values[:, :4] = -1000
+    write_series(folder, "empty", values=values, spacing_mm=(5, 4, 4))
+    return folder

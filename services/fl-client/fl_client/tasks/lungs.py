@@ -58,7 +58,9 @@ def find_lungs(
     lungs: Mask = (sizes_ml >= MIN_PART_ML)[labels]
     if np.count_nonzero(lungs) * voxel_ml < MIN_LUNGS_ML:
         return None
-    return _closed(lungs, spacing_mm) & body
+    # Closing leaves the middle of a large nodule out, which the lung around it encloses.
+    whole: Mask = ndimage.binary_fill_holes(_closed(lungs, spacing_mm) & body)
+    return whole
 
 
 def _largest(mask: Mask) -> Mask:

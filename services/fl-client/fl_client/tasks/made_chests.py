@@ -1,17 +1,22 @@
 """Made CT scans in place of real ones: chests with and without a nodule, for trials and the tests.
 
 Half of them hold one ball of a nodule's size and density in a lung, beside vessels of the same density that every lung has.
-They are no medical data and prove nothing about patients.
+The chests are drawn, or they are copies of one real scan. They prove nothing about patients.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from scipy.ndimage import distance_transform_edt
 
-from fl_client.tasks.dicom import write_axial_series
-from fl_client.tasks.errors import AlreadyThere
+from fl_client.tasks.dicom import Decoder, write_axial_series
+from fl_client.tasks.errors import AlreadyThere, UnreadableExample
+from fl_client.tasks.folders import walk
+from fl_client.tasks.lungs import find_lungs
+from fl_client.tasks.scans import open_series
 
 CLASSES: Final = ("clear", "nodule")
 SHAPE: Final = (40, 80, 80)
@@ -22,6 +27,8 @@ NODULE_MM: Final = (12.0, 28.0)  # diameters; Fleischner counts up to 30 mm as a
 NODULE_HU: Final = (-20.0, 80.0)
 VESSELS: Final = 10  # a lung
 VESSEL_MM: Final = (2.5, 6.0)
+COPY_MM: Final = (3.0, 4.0, 4.0)  # what a real scan is averaged to, at most, before it is copied
+COPY_SHIFT: Final = 5  # voxels in the plane
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -35,13 +42,78 @@ def make_chests(folder: Path, per_class: int, seed: int = 42, *, shuffled: bool 
     Raises:
         AlreadyThere: the folder exists and is not empty.
     """
+    return _write(folder, per_class, seed, chest, SPACING_MM, shuffled=shuffled)
+
+
+def make_chests_from(scan: Path, folder: Path, per_class: int, seed: int = 42, *, shuffled: bool = False) -> Path:
+    """The same out of copies of one real chest CT, a folder of DICOM files: mirrored, shifted, noisy, half with a ball.
+
+    All copies are of one patient, so what is learned of them says nothing about another's lungs.
+
+    Raises:
+        AlreadyThere: the folder exists and is not empty.
+        UnreadableExample: the scan cannot be read, or no lungs are found in it.
+    """
+    with Decoder() as decoder:
+        volume = open_series([path for path in walk(scan) if not path.name.startswith(".")]).read(decoder, COPY_MM)
+    spacing = volume.grid.spacing_mm
+    lungs = find_lungs(volume.values, spacing)
+    if lungs is None:
+        raise UnreadableExample("no-lungs", "No lungs are found in the scan that balls shall be put into.")
+    inner_mm = distance_transform_edt(lungs, spacing)
+
+    def draw(rng: np.random.Generator, *, nodule: bool) -> npt.NDArray[np.int16]:
+        return copy_of(volume.values, inner_mm, spacing, rng, nodule=nodule)
+
+    return _write(folder, per_class, seed, draw, spacing, shuffled=shuffled)
+
+
+def copy_of(
+    values: npt.NDArray[np.int16],
+    inner_mm: Floats,
+    spacing_mm: tuple[float, float, float],
+    rng: np.random.Generator,
+    *,
+    nodule: bool,
+) -> npt.NDArray[np.int16]:
+    """One copy of a scan in Hounsfield units, with a ball in a lung or without.
+
+    Args:
+        inner_mm: of each voxel of the lungs the distance from their rim; 0 outside.
+    """
+    made = values.astype(np.float64)
+    if nodule:
+        radius = rng.uniform(*NODULE_MM) / 2
+        # Where nowhere is a ball's width from the rim, as deep inside as there is.
+        places = np.argwhere(inner_mm >= min(radius, inner_mm.max()))
+        place = places[rng.integers(len(places))]
+        axes = np.ogrid[tuple(slice(0, n) for n in values.shape)]
+        to_mm = [(axis - at) * mm for axis, at, mm in zip(axes, place, spacing_mm, strict=True)]
+        distance = np.sqrt(to_mm[0] ** 2 + to_mm[1] ** 2 + to_mm[2] ** 2)
+        made = _blend(made, distance - radius, rng.uniform(*NODULE_HU))
+    if rng.random() < 0.5:
+        made = made[:, :, ::-1]
+    shift = tuple(int(n) for n in rng.integers(-COPY_SHIFT, COPY_SHIFT + 1, 2))
+    made = np.roll(made, shift, axis=(1, 2))
+    return np.rint(made + rng.normal(0, NOISE_HU, made.shape)).astype(np.int16)
+
+
+def _write(
+    folder: Path,
+    per_class: int,
+    seed: int,
+    draw: Callable[..., npt.NDArray[np.int16]],
+    spacing_mm: tuple[float, float, float],
+    *,
+    shuffled: bool,
+) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise AlreadyThere(f"{folder} already exists and is not empty; choose a new folder.", folder=str(folder))
     shown = [name for name in CLASSES for _ in range(per_class)]
     labels = list(np.random.default_rng(seed).permutation(shown)) if shuffled else shown
     for number, (name, label) in enumerate(zip(shown, labels, strict=True)):
-        values = chest(np.random.default_rng([seed, number]), nodule=name == "nodule")
-        write_axial_series(folder / str(label) / f"scan_{number:04d}", values, SPACING_MM, f"{seed}-{number}")
+        values = draw(np.random.default_rng([seed, number]), nodule=name == "nodule")
+        write_axial_series(folder / str(label) / f"scan_{number:04d}", values, spacing_mm, f"{seed}-{number}")
     return folder
 
 
