@@ -81,7 +81,7 @@ def copy_of(
     Args:
         inner_mm: of each voxel of the lungs the distance from their rim; 0 outside.
     """
-    made = values.astype(np.float64)
+    made: Floats = values.astype(np.float64)
     if nodule:
         radius = rng.uniform(*NODULE_MM) / 2
         # Where nowhere is a ball's width from the rim, as deep inside as there is.
