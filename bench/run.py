@@ -96,6 +96,17 @@ def sealed_rows(report: Report) -> Iterator[Row]:
             yield Row(f"{item['megabytes']:.0f} MB {way}, sealed", figure)
 
 
+def simulation_rows(report: Report) -> Iterator[Row]:
+    """Of `simulation.py`."""
+    for item in report["rounds"]:
+        figure = f"{item['round_s']:.2f} s, bare loop {item['bare_loop_s']:.2f} s: {item['ratio']:.2f} times as long"
+        what = f"simulated round of 50 clients, {item['local_epochs']} local epochs"
+        yield Row(what, figure, f"≤ {item['goal']} times", item["reached"])
+    if "memory" in report:
+        peaks = ", ".join(f"{peak:.0f} MB with {clients}" for clients, peak in report["memory"]["peak_mb"].items())
+        yield Row("  a simulation's peak memory by clients", peaks)
+
+
 def image_rows(report: Report) -> Iterator[Row]:
     """Of `accuracy.py` on images."""
     options = report["options"]
@@ -134,6 +145,8 @@ def benchmarks(chosen: argparse.Namespace) -> list[Benchmark]:
     found.append(Benchmark("overhead", ("overhead.py", *rounds), overhead_rows))
     some = ("--mb", "5", "--repeats", "2") if quick else ()
     found.append(Benchmark("sealed", ("sealed.py", *some), sealed_rows))
+    little = ("--rounds", "1", "--repeats", "1", "--no-memory") if quick else ()
+    found.append(Benchmark("simulation", ("simulation.py", *little), simulation_rows))
     return found + _accuracy(chosen)
 
 

@@ -21,6 +21,7 @@ from fl_server.cohort import sample
 from medhive.packing import read_weights, sha256_file, write_weights
 from medhive.strategies import Update, make_strategy
 from medhive.terminal import main
+from simulator.clients import ClientStates
 from simulator.command import simulate_command, simulation_of
 from simulator.desk import END, MODEL, RECORD
 from simulator.faults import WrongFault
@@ -129,6 +130,15 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> No
     gone_on = run(tmp_path / "cut", flags)
     assert gone_on["weights_digest"] == run(tmp_path / "whole", flags)["weights_digest"]
     assert not (tmp_path / "cut" / "clients").exists()
+
+
+def test_a_round_that_is_done_again_begins_from_the_state_before_it(tmp_path: Path) -> None:
+    """A process may die when some clients of a round are done and have kept what they learned in it."""
+    states = ClientStates(tmp_path)
+    for number in (1, 4, 6):
+        states.save("a", number, b"%d" % number)
+    assert [states.load("a", before) for before in (1, 4, 6, 7)] == [None, None, b"4", b"6"]
+    assert states.load("b", 3) is None
 
 
 def test_another_simulation_is_not_mixed_in(table: Path) -> None:
