@@ -250,3 +250,24 @@ def test_strategies_are_compared_under_faults(table: Path, capsys: pytest.Captur
     assert len((table / "out" / "comparison.csv").read_text().splitlines()) == 5
     assert main(simulate_command, arguments({**flags, "compare": "fedavgg"}, table / "out2")) == 1
     assert "Did you mean fedavg?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ({"strategy": "fedavgg"}, "Did you mean fedavg"),
+        ({"validation_share": 2.0}, "validation_share"),
+        ({"rounds": 0}, "rounds"),
+        ({"dp_epsilon": 1.0}, "differential privacy"),
+        ({"partition": "sites", "data": "."}, "clients' names"),
+        ({"data": "nowhere.csv"}, "nothing at nowhere.csv"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_a_sentence(
+    table: Path, flags: dict[str, Any], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (table / "two words").mkdir()
+    if flags.get("data") == ".":
+        flags = {**flags, "data": table}
+    assert main(simulate_command, arguments(table_flags(table, **flags), table / "out")) == 1
+    assert word in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +13,7 @@ import structlog
 from medhive import __version__
 from medhive.terminal import (
     FAILED,
+    Advance,
     Command,
     Terminal,
     chosen_options,
@@ -147,11 +149,26 @@ def _watching(terminal: Terminal, out: Path) -> Iterator["Listener"]:
     from simulator.run import Listener  # noqa: PLC0415
 
     out.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        stack.enter_context(_logging_to(out / LOG))
-        reading = stack.enter_context(terminal.progress("reading the data"))
-        training = stack.enter_context(terminal.progress("clients"))
-        yield Listener(reading, terminal.note, training)
+    with _logging_to(out / LOG), ExitStack() as shown:
+        bar = _Bar(terminal, shown)
+        yield Listener(partial(bar.show, "reading the data"), terminal.note, partial(bar.show, "clients"))
+
+
+class _Bar:
+    """One bar at a time: what is shown last takes the place of what was shown before."""
+
+    def __init__(self, terminal: Terminal, shown: ExitStack) -> None:
+        self._terminal, self._shown = terminal, shown
+        self._what = ""
+        self._advance: Advance = lambda _done, _total: None
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Show how far `what` is."""
+        if what != self._what:
+            self._shown.close()
+            self._advance = self._shown.enter_context(self._terminal.progress(what))
+            self._what = what
+        self._advance(done, total)
 
 
 def simulation_of(flags: Mapping[str, Any]) -> "Simulation":

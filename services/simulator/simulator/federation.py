@@ -14,7 +14,7 @@ from fl_client.tasks.base import OnProgress
 from medhive.errors import InvalidInput, NotFound
 from medhive.spec import StudyData
 from simulator.faults import wrong_labels
-from simulator.partition import MAX_CLIENTS, Division, Partition, divide
+from simulator.partition import MAX_CLIENTS, Division, Partition, WrongPartition, divide, fits
 
 TRAIN = "train"
 
@@ -182,8 +182,10 @@ def read_federation(
         return FolderFederation({name: _retrained(workspace, trained) for name, workspace in opened})
     whole = source.open(source.path, secret, on_progress)
     if not isinstance(whole, Divisible):
-        raise NotDivisible(f"The task {source.task} cannot deal out one data set; put each client's data in a folder, and "
-                           "give --partition sites.")  # fmt: skip
+        raise NotDivisible(
+            f"The task {source.task} cannot deal out one data set; put each client's data in a folder, and give "
+            "--partition sites."
+        )
     examples = whole.examples
     division = divide(partition, examples.labels, examples.names, clients or 0, seed)
     return DealtFederation(whole, division, trained)
@@ -209,6 +211,7 @@ def site_paths(data: Path) -> dict[str, Path]:
 
     Raises:
         NotFound: there are none, or more than are taken.
+        WrongPartition: their names cannot be clients' names.
     """
     if not data.is_dir():
         raise NotFound(f"{data} is no folder; give the one that holds a folder or a file for each client.")
@@ -217,4 +220,13 @@ def site_paths(data: Path) -> dict[str, Path]:
     found = folders or [path for path in seen if path.is_file()]
     if not 1 <= len(found) <= MAX_CLIENTS:
         raise NotFound(f"{data} holds {len(found)} clients; give a folder with 1 to {MAX_CLIENTS} folders or files.")
-    return {path.name if path.is_dir() else path.stem: path for path in found}
+    named = {path.name if path.is_dir() else path.stem: path for path in found}
+    unfit = next((name for name in named if not fits(name)), None)
+    if unfit is not None or len(named) != len(found):
+        raise WrongPartition(
+            f"The folders or files of {data} are the clients' names: each its own, of letters, digits and . _ - "
+            f"({unfit[:80]!r} is none)."
+            if unfit
+            else f"Two files of {data} give one client's name; keep one of them."
+        )
+    return named

@@ -189,7 +189,7 @@ def _rows(path: Path) -> dict[str, str]:
     if any(len(row) < COLUMNS for row in rows):
         raise WrongPartition(f"Each line of {path} needs two columns: example and client.")
     found = {row[0].strip(): row[1].strip() for row in rows if row[:COLUMNS] != ["example", "client"]}
-    unfit = next((name for name in found.values() if not _fits(name)), None)
+    unfit = next((name for name in found.values() if not fits(name)), None)
     if not found or unfit is not None:
         raise WrongPartition(
             f"{path} has no usable client name{f' ({unfit[:80]!r})' if unfit else ''}; use letters and digits."
@@ -197,6 +197,6 @@ def _rows(path: Path) -> dict[str, str]:
     return found
 
 
-def _fits(name: str) -> bool:
+def fits(name: str) -> bool:
     """Whether a client's name can be a site's: it becomes part of file names."""
     return 0 < len(name) <= 63 and name[0].isalnum() and all(c.isascii() and (c.isalnum() or c in "._-") for c in name)

@@ -10,13 +10,16 @@ from fl_client.tasks.errors import DataFolderMissing
 from medhive.errors import InvalidInput
 from medhive.signing import digest_of
 from medhive.spec import RunSpec, StudyData, build_options
+from medhive.strategies import make_strategy
+from medhive.terminal import build
 from simulator.faults import Faults
 from simulator.federation import site_paths
 from simulator.partition import Partition
 
 STUDY: Final = "simulation"
 FOLDER_TASKS: Final = frozenset({"image-folder", "ct-volume"})  # whose classes are told by folders
-MIN_SITES: Final = 2
+MIN_SITES: Final = 2  # the default of a run, where there are as many clients
+MIN_CLASSES: Final = 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def study_data(
     if task in FOLDER_TASKS:
         # Dealt out unevenly, few clients have all classes.
         options = {"allow_missing_classes": True, **options}
-    return StudyData.model_validate({**values, "options": options})
+    return build(StudyData, **{**values, "options": options})
 
 
 def _of_sites(data: Path) -> StudyData:
@@ -92,7 +95,7 @@ def _of_sites(data: Path) -> StudyData:
         for folder in path.iterdir()
         if folder.is_dir() and not folder.name.startswith(".")
     }
-    if len(names) < MIN_SITES:
+    if len(names) < MIN_CLASSES:
         raise DataFolderMissing(f"The folders of clients in {data} hold {len(names)} classes; at least two are needed.")
     return StudyData(classes=tuple(sorted(names)))
 
@@ -101,9 +104,10 @@ def run_spec(task: str, data: StudyData, chosen: Mapping[str, Any], clients: int
     """The run specification that a coordinator would make of the same choices.
 
     Raises:
-        InvalidInput: an option is out of range, or asks for what this version has not.
+        InvalidInput: an option is out of range, or asks for what this version has not; the strategy is none.
     """
     defaults = {"min_sites": min(MIN_SITES, clients or MIN_SITES)}
     options = build_options(task, defaults, dict(chosen))
     options.privacy.require_supported()
+    make_strategy(options.strategy, options.strategy_params)
     return RunSpec(study=STUDY, task=task, data=data, options=options)
