@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ def test_a_study_is_simulated_and_its_folder_tells_all(table: Path, capsys: pyte
         assert sum(int(row["no"]) + int(row["yes"]) for row in csv.DictReader(file)) == 240
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page
+    assert {"heldout_accuracy", "faults.dropout", "strategy"} <= set(re.findall(r"<td>([a-z_.]+)<td>", page))
     assert not [word for word in ("<script", "http:", "https:", "src='/") if word in page]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 

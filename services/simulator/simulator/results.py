@@ -26,6 +26,7 @@ TEST: Final = "test_"
 """Begins the metrics of the test set, of the model after the step's round, beside `val_*` and `train_*`."""
 PANELS: Final = {"accuracy": ("test_accuracy", "test_macro_f1"), "loss": ("test_loss",)}
 MAX_PARAM: Final = 500
+FACTS: Final = ("state", "reason", "rounds", "best_round", "best_test_accuracy", "seconds")
 SHOWN_ROUNDS: Final = 200  # rows that a person scrolls through; the CSV has all
 
 MLFLOW_ENVIRONMENT: Final = {
@@ -196,12 +197,10 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[objec
 
 def page_of(folder: Path, summary: Mapping[str, Any], rounds: Sequence[RecordedRound]) -> str:
     """One page with everything in it: pictures as data, no script, nothing from elsewhere."""
-    made = summary["simulation"]
-    options = flattened({**made["spec"]["options"], "clients": summary["clients"], "partition": summary["partition"]})
-    facts = {
-        name: summary[name] for name in ("state", "reason", "rounds", "best_round", "best_test_accuracy", "seconds")
-    }
-    facts |= {TEST + name: value for name, value in summary["test"].items()} | summary["validation"]
+    options = _settings(summary)
+    facts = {name: summary[name] for name in FACTS}
+    facts |= {TEST + name: value for name, value in summary["test"].items()}
+    facts |= {f"heldout_{name}": value for name, value in summary["heldout"].items()} | summary["validation"]
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{_text(title_of(summary))}</title><style>{STYLE}</style>",
@@ -219,6 +218,14 @@ def page_of(folder: Path, summary: Mapping[str, Any], rounds: Sequence[RecordedR
         f"{PARTICIPATION_CSV}, {CLIENTS_CSV}. A metric val_... of a round is of the model before it.</p></html>",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _settings(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the result was made of, but what means nothing here."""
+    made = summary["simulation"]
+    options = {name: value for name, value in made["spec"]["options"].items() if "deadline" not in name}
+    own = {"task": made["spec"]["task"], "clients": summary["clients"], "partition": summary["partition"]}
+    return flattened({**own, **options, "study": made["spec"]["data"]["options"], "faults": made["faults"]})
 
 
 def _rounds_table(rounds: Sequence[RecordedRound]) -> str:
