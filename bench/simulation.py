@@ -30,6 +30,7 @@ from simulator.command import simulation_of
 from simulator.run import Listener, simulate
 
 GOAL = 1.15
+TOGETHER = 10  # clients as one computation
 CLIENTS, SAMPLES, SIDE, CLASSES, LR = 50, 50, 32, 10, 0.05
 MEMORY_EXAMPLES, MEMORY_CLIENTS, MEMORY_COHORT, MEMORY_SIDE = 100_000, (100, 100_000), 10, 24
 MEMORY_TEST = 200
@@ -56,14 +57,14 @@ def flags(data: Path, **changes: Any) -> dict[str, Any]:
     return {**chosen, "device": "cpu", **changes}
 
 
-def simulated(data: Path, out: Path, epochs: int, rounds: int) -> list[float]:
+def simulated(data: Path, out: Path, epochs: int, rounds: int, together: int = 1) -> list[float]:
     """Seconds of each round but the first, from the end of one to the end of the next: everything is in them.
 
     The data themselves stand in for a test set, so that every example is trained on; it is judged at the end alone.
     """
     ends: list[float] = []
     listener = Listener(lambda *_: None, lambda _: ends.append(time.perf_counter()), lambda *_: None)
-    chosen = flags(data, test=data, test_every=rounds + 2, local_epochs=epochs, rounds=rounds + 2)
+    chosen = flags(data, test=data, test_every=rounds + 2, local_epochs=epochs, rounds=rounds + 2, together=together)
     simulate(simulation_of(chosen), out, listener)
     # Without the last one, which is judged.
     return [float(x) for x in np.diff(ends)[:-1]]
@@ -105,11 +106,12 @@ class Bare:
 def speed(folder: Path, epochs: int, rounds: int, repeats: int) -> dict[str, Any]:
     """Both in turn; the ratio is that of the medians over all turns."""
     data = make_images(folder / "speed.npz", CLIENTS * SAMPLES, SIDE, 3)
-    bare, ours, theirs = Bare(data, epochs), [], []
+    bare, ours, theirs, grouped = Bare(data, epochs), [], [], []
     bare.round()
     for turn in range(repeats):
         theirs += [bare.round() for _ in range(rounds)]
         ours += simulated(data, folder / f"out-{epochs}-{turn}", epochs, rounds)
+        grouped += simulated(data, folder / f"together-{epochs}-{turn}", epochs, rounds, TOGETHER)
     ratio = median(ours) / median(theirs)
     return {
         "local_epochs": epochs,
@@ -117,6 +119,8 @@ def speed(folder: Path, epochs: int, rounds: int, repeats: int) -> dict[str, Any
         "bare_loop_s": median(theirs),
         "ratio": ratio,
         "goal": GOAL,
+        "together": TOGETHER,
+        "together_s": median(grouped),
         "reached": ratio <= GOAL,
         "load_1min": load(),
     }

@@ -19,6 +19,7 @@ from fl_client.local_round import local_round
 from fl_client.tasks import RoundPlan, completed
 from fl_client.tasks.phantoms import make_phantoms
 from fl_server.cohort import sample
+from medhive.errors import MedHiveError
 from medhive.packing import read_weights, sha256_file, write_weights
 from medhive.strategies import Update, make_strategy
 from medhive.terminal import main
@@ -273,3 +274,36 @@ def test_what_does_not_fit_is_said_in_a_sentence(
         flags = {**flags, "data": table}
     assert main(simulate_command, arguments(table_flags(table, **flags), table / "out")) == 1
     assert word in capsys.readouterr().err
+
+
+# ---- many clients as one computation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet-gn"])
+def test_clients_that_are_trained_together_get_the_same_weights(tmp_path: Path, model: str) -> None:
+    """Of unequal sizes, so that some have fewer and shorter batches; with momentum, dropout of clients, and one poisoner."""
+    make_phantoms(tmp_path / "data", 12)
+    options = ("image_size=32", f"model={model}", "recipe=plain", "momentum=0.5", "crop=24")
+    flags: dict[str, Any] = {
+        "data": tmp_path / "data",
+        "clients": 7,
+        "partition": "dirichlet:1",
+        "rounds": 2,
+        "lr": 0.02,
+    }
+    flags |= {"strategy": "fedavg", "local_epochs": 2, "batch_size": 4, "options": options, "dropout": 0.2, "seed": 3}
+    apart = run(tmp_path / "apart", flags)
+    together = run(tmp_path / "together", {**flags, "together": 3})
+    assert together["clients_answered"] == apart["clients_answered"] > 4
+    one, other = (read_weights(tmp_path / name / MODEL) for name in ("apart", "together"))
+    assert max(float(np.abs(one[name] - other[name]).max()) for name in one) < 1e-5
+    initial = read_weights(tmp_path / "apart" / "initial.safetensors")
+    assert max(float(np.abs(one[name] - initial[name]).max()) for name in one) > 1e-3
+
+
+def test_what_cannot_be_trained_together_is_refused(table: Path) -> None:
+    with pytest.raises(MedHiveError, match="leave out --together"):
+        run(table / "out", table_flags(table, together=4))
+    make_phantoms(table / "data", 4)
+    with pytest.raises(MedHiveError, match="recipe=plain"):
+        run(table / "out", {"data": table / "data", "clients": 2, "together": 4, "options": ("image_size=32",)})

@@ -5,13 +5,24 @@ run exactly this, so that a study that was tried out is the study that is deploy
 """
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fl_client.tasks.base import EpochProgress, FloatArray, Judged, RoundPlan, Weights, Workspace
+from fl_client.tasks.base import (
+    Divisible,
+    EpochProgress,
+    FloatArray,
+    Judged,
+    RoundPlan,
+    Together,
+    Weights,
+    Workspace,
+    completed,
+)
 from fl_client.tasks.errors import NotEnoughExamples
+from medhive.errors import MedHiveError
 
 if TYPE_CHECKING:
     from fl_client.tasks.evaluation import Evaluation
@@ -50,6 +61,25 @@ def local_round(workspace: Workspace, base: Weights, plan: RoundPlan) -> LocalRo
     result = yield from workspace.train(base, plan)
     metrics = {**before.metrics, **result.metrics}
     return LocalRound(result.weights, result.examples, metrics, before.confusion, result.optimiser_state)
+
+
+def local_rounds_together(
+    workspaces: Sequence[Together], base: Weights, plan: RoundPlan
+) -> list[LocalRound | MedHiveError]:
+    """The rounds of several sites from the same base as one computation; an error in the place of who failed."""
+    before = [completed(validated(workspace, base)) for workspace in workspaces]
+    results = workspaces[0].train_together(workspaces[1:], base, plan)
+    return [
+        result
+        if isinstance(result, MedHiveError)
+        else LocalRound(result.weights, result.examples, {**said.metrics, **result.metrics}, said.confusion, None)
+        for said, result in zip(before, results, strict=True)
+    ]
+
+
+def has_training_examples(workspace: Workspace) -> bool:
+    """Whether a site of many has anything to train on."""
+    return isinstance(workspace, Divisible) and "train" in workspace.examples.parts
 
 
 def validated(workspace: Workspace, weights: Weights) -> Generator[None, None, Validated]:

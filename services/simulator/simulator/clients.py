@@ -16,8 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from fl_client.local_round import local_round, newest_state, state_file, validated
-from fl_client.tasks import RoundPlan, Workspace, completed
+from fl_client.local_round import (
+    LocalRound,
+    has_training_examples,
+    local_round,
+    local_rounds_together,
+    newest_state,
+    state_file,
+    validated,
+)
+from fl_client.tasks import RoundPlan, Together, Workspace, completed
 from fl_server.checkpoint import write_durably
 from fl_server.cohort import Present, sample
 from fl_server.collect import REASON_LENGTH, Answer, Collected, Question
@@ -72,6 +80,7 @@ class InlineSites:
         fates: what goes wrong with whom.
         states: what clients remember; None lets them forget.
         on_client: told of progress.
+        together: how many clients are trained as one computation.
     """
 
     def __init__(
@@ -80,13 +89,17 @@ class InlineSites:
         options: RunOptions,
         fates: Fates,
         states: ClientStates | None,
+        *,
         on_client: OnClient,
+        together: int = 1,
     ) -> None:
         self._federation = federation
         self._options = options
         self._fates = fates
         self._states = states
         self._on_client = on_client
+        self._together = together
+        self._ahead: dict[str, LocalRound | MedHiveError] = {}
         self._names = tuple(federation.names)
 
     def _place(self, site: str) -> int:
@@ -112,6 +125,8 @@ class InlineSites:
         base = read_weights(question.base) if question.base is not None else {}
         collected = Collected({}, {})
         for done, site in enumerate(sites, 1):
+            if self._together > 1 and question.type is TaskType.TRAIN and site not in self._ahead:
+                self._train_ahead(question, sites[done - 1 :], base)
             try:
                 collected.answers[site] = self._answer(question, site, base, check, refuse)
             except NoSpace:
@@ -166,12 +181,30 @@ class InlineSites:
             question, site, began, metrics=judged.metrics, confusion=judged.confusion, examples=judged.examples
         ), None
 
+    def _train_ahead(self, question: Question, sites: Sequence[str], base: Mapping[str, Flat]) -> None:
+        """Train the next few clients that will answer and have examples to train on, as one computation."""
+        chosen: dict[str, Together] = {}
+        for site in sites:
+            fate = self._fates.of(self._place(site), question.round)
+            workspace = self._federation.workspace(self._place(site), wrong=fate.poison == "labels")
+            if not fate.lost and isinstance(workspace, Together) and has_training_examples(workspace):
+                chosen[site] = workspace
+            if len(chosen) == self._together:
+                break
+        if len(chosen) > 1:
+            plan = _plan(question, self._options, None)
+            rounds = local_rounds_together(list(chosen.values()), base, plan)
+            self._ahead = dict(zip(chosen, rounds, strict=True))
+
     def _train(
         self, question: Question, site: str, base: Mapping[str, Flat], fate: Fate, workspace: Workspace
     ) -> tuple[Mapping[str, Flat], dict[str, Any]]:
         """The weights that the client sends, and what it says with them."""
         state = self._states.load(site, question.round) if self._states else None
-        result = completed(local_round(workspace, base, _plan(question, self._options, state)))
+        ahead = self._ahead.pop(site, None)
+        if isinstance(ahead, MedHiveError):
+            raise ahead
+        result = ahead or completed(local_round(workspace, base, _plan(question, self._options, state)))
         if self._states and result.optimiser_state is not None:
             self._states.save(site, question.round, result.optimiser_state)
         weights: Mapping[str, Flat] = result.weights

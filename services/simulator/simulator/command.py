@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 BACKENDS: Final = ("inline",)
 DEFAULT_CLIENTS: Final = 10
-DEFAULTS: Final[Mapping[str, Any]] = {"task": "image-folder", "partition": "iid", "test_every": 1, "device": "auto"}
+DEFAULTS: Final[Mapping[str, Any]] = {
+    "task": "image-folder",
+    "partition": "iid",
+    "test_every": 1,
+    "together": 1,
+    "device": "auto",
+}
 DEFAULT_SEED: Final = 42
 LOG, PAGE = "log.jsonl", "report.html"
 OWN_FLAGS: Final = (
@@ -48,6 +54,7 @@ OWN_FLAGS: Final = (
     "patience",
     "poison",
     "forget",
+    "together",
     "backend",
     "device",
 )
@@ -93,6 +100,13 @@ NOT_SIMULATED: Final = ("deadline_s", "consent_deadline_s")  # nobody waits for 
     "--compare", metavar="STRATEGIES", help="Compare all, or those named, under each fault; alone: the usual faults."
 )
 @click.option("--forget", is_flag=True, help="Clients keep no optimiser's state from round to round.")
+@click.option(
+    "--together",
+    type=click.IntRange(1),
+    default=DEFAULTS["together"],
+    show_default=True,
+    help="Train so many clients as one computation: small models, recipe=plain.",
+)
 @click.option("--backend", type=click.Choice(BACKENDS), default="inline", show_default=True, help="Where clients run.")
 @click.option(
     "--device", default=DEFAULTS["device"], show_default=True, help="cpu, cuda, cuda:0, or auto for the best there is."
@@ -203,6 +217,7 @@ def simulation_of(flags: Mapping[str, Any]) -> "Simulation":
         trained=_trained(own["test"], own["validation_share"]),
         forget=bool(own["forget"]),
         device=own["device"],
+        together=own["together"],
     )
 
 

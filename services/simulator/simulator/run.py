@@ -10,14 +10,14 @@ from typing import Any, Literal
 import numpy as np
 
 from fl_client.local_round import evaluated
-from fl_client.tasks import PARTS, Judged, Workspace, completed
+from fl_client.tasks import PARTS, Judged, Together, Workspace, completed
 from fl_client.tasks.errors import NotEnoughExamples
 from fl_client.tasks.packed_images import read_packed
 from fl_server.checkpoint import write_durably
 from fl_server.collect import SystemClock, Watch
 from fl_server.locking import FolderLock
 from fl_server.rounds import RunLoop
-from medhive.errors import Conflict
+from medhive.errors import Conflict, InvalidInput
 from medhive.leftovers import remove_leftovers
 from medhive.packing import Flat, read_weights
 from medhive.wire import RunEnd
@@ -78,7 +78,15 @@ def prepare(simulation: Simulation, listener: Listener) -> Prepared:
         trained=simulation.trained,
         on_progress=listener.on_reading,
     )
+    if simulation.together > 1:
+        _require_together(federation.first(), simulation.spec.options.local_mu)
     return Prepared(federation, _Tester(simulation, source, listener))
+
+
+def _require_together(workspace: Workspace, mu: float) -> None:
+    if not isinstance(workspace, Together):
+        raise InvalidInput("This task cannot train clients together; leave out --together.")
+    workspace.require_together(mu)
 
 
 def simulate(
@@ -241,7 +249,10 @@ class _Work:
     def _rounds(self, desk: ResultDesk) -> RunEnd:
         states = None if self._simulation.forget else ClientStates(self._out / STATES)
         fates = Fates(self._simulation.faults, len(self._federation.names), self._options.seed)
-        sites = InlineSites(self._federation, self._options, fates, states, self._on_client)
+        together = self._simulation.together
+        sites = InlineSites(
+            self._federation, self._options, fates, states, on_client=self._on_client, together=together
+        )
         clock = SystemClock()
         watch = Watch(desk.look, clock)
         return RunLoop(desk=desk, sites=sites, watch=watch, folder=self._out / WORK, clock=clock).run()

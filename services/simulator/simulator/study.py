@@ -28,7 +28,7 @@ class Simulation:
 
     data: folder or file; test: what judges the model after every `test_every`-th round; clients: how many (a partition file
     and `sites` say it themselves); trained: parts that are trained on beside the training part; forget: clients keep nothing
-    from round to round.
+    from round to round; together: how many are trained as one computation.
     """
 
     spec: RunSpec
@@ -41,6 +41,7 @@ class Simulation:
     trained: frozenset[str]
     forget: bool
     device: str
+    together: int = 1
 
     def identity(self, fingerprint: str) -> dict[str, Any]:
         """All that the result depends on, with the fingerprint of the data, as plain values with their digest."""
@@ -51,6 +52,7 @@ class Simulation:
             "faults": self.faults.to_dict(),
             "trained": sorted(self.trained),
             "forget": self.forget,
+            "together": self.together,
             "test_every": self.test_every if self.test else 0,
             "data_fingerprint": fingerprint,
         }

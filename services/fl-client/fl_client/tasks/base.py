@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_client.tasks.errors import UnknownTask, WrongOption
+from medhive.errors import MedHiveError
 from medhive.spec import StudyData
 
 if TYPE_CHECKING:
@@ -323,6 +324,19 @@ class Divisible(Workspace, Protocol):
             parts: (m,) the part that each is in.
             labels: (m,) other classes than they were read with; None leaves them.
         """
+
+
+@runtime_checkable
+class Together(Workspace, Protocol):
+    """A workspace whose round can be trained together with those of other sites of the study, as one computation."""
+
+    def require_together(self, mu: float) -> None:
+        """Raise `WrongOption` where sites of this study cannot be, with such a pull to the global weights."""
+
+    def train_together(
+        self, others: Sequence[Self], weights: Weights, plan: RoundPlan
+    ) -> Sequence[TrainResult | MedHiveError]:
+        """The rounds of this site and of others, each with examples to train on; an error in the place of who failed."""
 
 
 class Task(Protocol):

@@ -52,6 +52,7 @@ from fl_client.tasks.errors import (
 )
 from fl_client.tasks.evaluation import InOneGo
 from fl_client.tasks.models import export_weights, load_backbone, load_weights
+from fl_client.tasks.together import Together, require_together
 
 DEFAULT_LR = 5e-3  # peak, for batches of 32; found on brain MRI with three sites
 PLAIN_LR = 0.1  # of the plain recipe
@@ -232,6 +233,20 @@ class ClassifierWorkspace(InOneGo):
         """One round of local training; see `base.Workspace.train`."""
         return Job(self, weights, plan).run()
 
+    def job(self, weights: Weights, plan: RoundPlan) -> "Job":
+        """One round of local training that somebody else steps through."""
+        return Job(self, weights, plan)
+
+    def require_together(self, mu: float) -> None:
+        """Raise `WrongOption` where sites of this study cannot be trained together; see `base.Together`."""
+        require_together(self.model.build(seed=0), self.model.plain, mu)
+
+    def train_together(
+        self, others: Sequence[Self], weights: Weights, plan: RoundPlan
+    ) -> list[TrainResult | TrainingDiverged]:
+        """This site's round and those of others as one computation; see `base.Together`."""
+        return Together([self, *others], weights, plan).run()
+
     def judge(self, weights: Weights, part: Part) -> Judging:
         """Have a model of its own look at one part of the data, a batch a step."""
         indices = self.indices(part)
@@ -300,6 +315,27 @@ class Job:
         self._steps_per_epoch = math.ceil(len(self._indices) / plan.batch_size)
         self._step = 0
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that this job began with."""
+        return self._model
+
+    def epoch_batches(self) -> Sequence[Tensor]:
+        """The batches of the next epoch, in an order drawn anew, as positions of examples."""
+        order = self._indices[torch.randperm(len(self._indices), generator=self._generator)]
+        # Nearly equal batches: a last batch of one would break batch normalisation and weigh too much.
+        return torch.tensor_split(order, self._steps_per_epoch)
+
+    def batch_of(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network takes of a batch, and its labels."""
+        labels = self._workspace.labels(batch).to(self._workspace.device)
+        pixels = self._workspace.model.augment(self._workspace.pixels(batch), self._generator)
+        return self._workspace.model.normalised(pixels), labels
+
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return self._set_learning_rate()
+
     def run(self) -> Training:
         plan = self._plan
         epoch_totals = _Totals()
@@ -307,9 +343,7 @@ class Job:
         for epoch in range(1, plan.local_epochs + 1):
             started = time.monotonic()
             epoch_totals = _Totals()
-            order = self._indices[torch.randperm(len(self._indices), generator=self._generator)]
-            # Nearly equal batches: a last batch of one would break batch normalisation and weigh too much.
-            for batch in torch.tensor_split(order, self._steps_per_epoch):
+            for batch in self.epoch_batches():
                 self._train_on(batch, epoch_totals)
                 yield None
             yield self._progress(epoch, epoch_totals, time.monotonic() - started)
@@ -336,12 +370,10 @@ class Job:
 
     def _train_on(self, batch: Tensor, totals: _Totals) -> None:
         self._require_time()
-        device = self._workspace.device
-        labels = self._workspace.labels(batch).to(device)
-        pixels = self._workspace.model.augment(self._workspace.pixels(batch), self._generator)
+        pixels, labels = self.batch_of(batch)
         lr = self._set_learning_rate()
-        with self._own_global_state(), mixed_precision(device):
-            logits = self._model(self._workspace.model.normalised(pixels))
+        with self._own_global_state(), mixed_precision(self._workspace.device):
+            logits = self._model(pixels)
         logits = logits.float()
         loss = self._loss(logits, labels)
         value = float(loss.detach())
