@@ -256,7 +256,8 @@ class Demo:
         title(f"Use: {site} classifies unseen {self.subject.what} with the version it accepted")
         found = self.stack.site_json(site, "predict", str(self.test_folder), "--study", self.study)
         test = scores(found, classes)
-        say(f"accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} over {test['examples']} unseen examples")
+        judged = f"{test['examples']} unseen {self.subject.what}"
+        say(f"accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} over {judged}")
         if "auc" in test:
             say(f"area under the ROC curve {test['auc']:.4f}")
         for name, recall in test["per_class_recall"].items():
