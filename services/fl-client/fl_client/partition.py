@@ -38,14 +38,6 @@ class SitePart:
     percent: float
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The examples of one class: files, or line numbers of a table."""
-
-    name: str
-    count: int
-
-
 def split_dataset(
     source: Path,
     out: Path,
