@@ -249,6 +249,11 @@ def test_a_consent_covers_so_many_contributions_and_no_longer(world: World) -> N
     assert scene.status().queue_size == 1
     with pytest.raises(NotAllowed):
         scene.upload(one, 5)
+    # After a new consent the same bytes may come again.
+    agree(one, scene.queue)
+    scene.upload(one, 1)
+    assert [str(row.state) for row in scene.contributions()] == ["waiting", "withdrawn", "waiting"]
+    agree(one, scene.queue, "withdrawn")
     now = datetime.now(UTC)
     with pytest.raises(Expired):
         agree(other, scene.queue, issued_at=now - timedelta(days=2), expires_at=now - timedelta(days=1))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from medhive.client import BUSY
 from medhive.errors import Conflict, DigestMismatch, InvalidInput, NoSpace, TooLarge
 from medhive.leftovers import sync_folder
 from medhive.packing import Layout
@@ -108,7 +109,12 @@ class BlobStore:
     def resume_at(self, upload: Path, digest: str) -> int:
         """Where an upload goes on. One that is whole and yet no blob ended with a crash at that moment: it comes again."""
         if self.offset(upload):
-            with self.upload_lock(upload), contextlib.suppress(FileNotFoundError), upload.open("rb") as file:
+            # Who is sending it right now, or has died while doing so, is not waited for.
+            with (
+                contextlib.suppress(FileNotFoundError, Conflict),
+                self.upload_lock(upload, 0.0),
+                upload.open("rb") as file,
+            ):
                 if hashlib.file_digest(file, "sha256").hexdigest() == digest:
                     upload.unlink()
         return self.offset(upload)
@@ -138,9 +144,9 @@ class BlobStore:
         finally:
             os.close(descriptor)
 
-    def upload_lock(self, upload: Path) -> "contextlib.AbstractContextManager[None]":
+    def upload_lock(self, upload: Path, wait_s: float = LOCK_WAIT_S) -> "contextlib.AbstractContextManager[None]":
         """The lock under which one upload grows. Few files serve all: a collision only makes somebody wait."""
-        return self.lock("upload-" + hashlib.sha256(str(upload).encode()).hexdigest()[:3])
+        return self.lock("upload-" + hashlib.sha256(str(upload).encode()).hexdigest()[:3], wait_s)
 
     def digest_lock(self, digest: str) -> "contextlib.AbstractContextManager[None]":
         """The lock under which a blob appears or disappears."""
@@ -205,7 +211,7 @@ def _take_lock(descriptor: int, wait_s: float) -> None:
             return
         except BlockingIOError as error:
             if time.monotonic() >= deadline:
-                raise Conflict("Another connection is sending this blob; try again in a moment.") from error
+                raise Conflict("Another connection is sending this blob; try again in a moment.", cause=BUSY) from error
             time.sleep(LOCK_RETRY_S)
 
 

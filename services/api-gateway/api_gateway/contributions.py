@@ -50,14 +50,15 @@ def _checked(work: Work, contribution: QueueContribution) -> tuple[Queue, QueueC
 
 
 def find(work: Work, contribution: QueueContribution) -> ContributionRow | None:
-    """The contribution of these bytes that the site has sent before, whatever became of it.
+    """The contribution of these bytes that the site has sent before; None when it was withdrawn and may come again.
 
     Raises:
         BadSignature: it is not this site's, or for another queue.
         NotFound: the study has no open queue for this site.
     """
     queue, body = _checked(work, contribution)
-    return _same(work, queue, body)
+    row = _same(work, queue, body)
+    return None if row is not None and row.state == ContributionState.WITHDRAWN else row
 
 
 def _same(work: Work, queue: Queue, body: QueueContributionBody) -> ContributionRow | None:
@@ -147,8 +148,8 @@ def _take(call: Call, upload: Path, contribution: QueueContribution) -> QueueCon
     with store.digest_lock(digest):
         size = store.finish(upload, digest)
         with call.write(Role.SITE) as work:
-            queue, body = _checked(work, contribution)
-            row = _same(work, queue, body)
+            queue, _ = _checked(work, contribution)
+            row = find(work, contribution)
             if row is None:
                 blobs.note(work.session, digest, size, work.now)
                 row = _added(work, queue, contribution, size)
@@ -159,20 +160,22 @@ def _take(call: Call, upload: Path, contribution: QueueContribution) -> QueueCon
 def _added(work: Work, queue: Queue, contribution: QueueContribution, size: int) -> ContributionRow:
     body = contribution.body
     _admitted(work, queue, body)
-    row = ContributionRow(
-        queue_id=queue.id,
-        consent_id=queues.require_consent(work, queue, body.site, more=1).id,
-        site=body.site,
-        state=ContributionState.WAITING,
-        digest=body.content_digest,
-        size_bytes=size,
-        base_version=body.base_version,
-        examples=body.examples,
-        manifest=contribution.model_dump(mode="json"),
-        source_address=work.source,
-        received_at=work.now,
-        reason="",
-    )
+    consent, row = queues.require_consent(work, queue, body.site, more=1), _same(work, queue, body)
+    if row is None:
+        row = ContributionRow(
+            queue_id=queue.id,
+            site=body.site,
+            state=ContributionState.WAITING,
+            digest=body.content_digest,
+            size_bytes=size,
+            reason="",
+        )
+    else:
+        queues.move(work, row, ContributionState.WAITING)
+        row.execution_id = None
+    row.consent_id = consent.id
+    row.base_version, row.examples = body.base_version, body.examples
+    row.manifest, row.source_address, row.received_at = contribution.model_dump(mode="json"), work.source, work.now
     work.session.add(row)
     work.session.flush()
     facts = {"contribution": row.id, "digest": row.digest, "base_version": row.base_version, "examples": row.examples}

@@ -23,6 +23,7 @@ from api_gateway.runs import MAX_NUMBER
 from api_gateway.work import Call, Gateway
 from medhive import __version__
 from medhive.errors import InvalidInput, MedHiveError, TooLarge, TooSlow
+from medhive.queues import UPLOAD
 from medhive.spec import Digest
 from medhive.version import PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER, require_compatible
 from medhive.wire import API
@@ -32,7 +33,6 @@ MAX_JSON_DEPTH = 60
 READING = ("GET", "HEAD", "OPTIONS")
 # Ids are written as people read them; 12 digits stay within every integer on the way.
 RequestId = Annotated[str, Path(pattern=r"^REQ_[1-9][0-9]{0,11}$")]
-UPLOAD = "/upload"
 RunId = Annotated[str, Path(pattern=r"^RUN_[1-9][0-9]{0,11}$")]
 VersionNumber = Annotated[int, Path(ge=0, le=MAX_NUMBER)]
 BlobDigest = Annotated[Digest, Path()]

@@ -34,6 +34,8 @@ READ_TIMEOUT_S: Final = 60.0
 MAX_INTRODUCTION_BYTES: Final = 256 * 1024
 INTRODUCTION_S: Final = 30.0
 AS_IT_IS: Final = {"Accept-Encoding": "identity"}
+BUSY: Final = "upload-busy"
+"""The cause in a refusal of a part while an earlier connection of the same upload is not given up yet."""
 TRIES: Final = 5  # of one part of a transfer, before the caller hears of it
 # What a proxy answers by itself, without a problem document, while the gateway behind it restarts.
 PROXYS_OWN: Final = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
@@ -397,8 +399,9 @@ def _raise_problem(answer: httpx.Response) -> None:
 
 
 def _may_go_on(error: MedHiveError) -> bool:
-    """Whether an upload may ask anew where to go on: the line was cut, or the store had more by then than it had said."""
-    return isinstance(error, Unreachable) or "offset" in error.data
+    """Whether an upload may ask anew where to go on: the line was cut, the store had more by then than it had said, or it
+    still waits for the rest of a part whose sender has gone."""
+    return isinstance(error, Unreachable) or "offset" in error.data or error.data.get("cause") == BUSY
 
 
 def _copy(  # noqa: PLR0917

@@ -429,7 +429,8 @@ CONTRIBUTION_TRANSITIONS: Mapping[ContributionState, frozenset[ContributionState
     ),
     ContributionState.COUNTED: frozenset(),
     ContributionState.REFUSED: frozenset(),
-    ContributionState.WITHDRAWN: frozenset(),
+    # Sent again after a new consent: the same training gives the same bytes.
+    ContributionState.WITHDRAWN: frozenset({ContributionState.WAITING}),
     ContributionState.CLEARED: frozenset(),
 }
 IN_THE_QUEUE = (ContributionState.WAITING, ContributionState.TAKEN)
@@ -564,6 +565,8 @@ class ExecutionEnd(Fenced):
     reason: str = Field("", max_length=MAX_TEXT)
 
 
+UPLOAD = "/upload"
+"""Where contributions go, at the root of the coordinator's address."""
 MANIFEST_HEADER = "MedHive-Contribution"
 """Carries the signed manifest of an upload, as base64url of its JSON."""
 MAX_MANIFEST_BYTES = 6000

@@ -18,6 +18,7 @@ from fl_client.store import ConsentRecord, GivenConsent, OutboxItem
 from fl_client.trainer import Listener, Trainer
 from medhive.consent import MAX_VALIDITY, Consent, ConsentBody, check_consent
 from medhive.errors import Conflict, InvalidInput, MedHiveError, NotAllowed, NotFound, Unreachable
+from medhive.queues import QueueSpec
 from medhive.signing import sign
 from medhive.spec import RunSpec
 from medhive.states import FINAL_RUN_STATES, ConsentState, RunState
@@ -72,7 +73,7 @@ def open_runs(site: Site) -> list[OpenRun]:
     return sorted(found, key=lambda item: item.run.created_at)
 
 
-def check_data(site: Site, trainer: Trainer, spec: RunSpec, listener: Listener | None = None) -> DataCheck:
+def check_data(site: Site, trainer: Trainer, spec: RunSpec | QueueSpec, listener: Listener | None = None) -> DataCheck:
     """Read the study's data through and say what a consent may say about them.
 
     Raises:

@@ -6,15 +6,26 @@ or that this machine's clock is off is dealt with here, once.
 
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import structlog
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from medhive.client import GatewayClient, Progress, RemoteError, Trust
 from medhive.errors import ClockSkew, MedHiveError, NotAllowed, NotAuthenticated, SealBroken, SealedOnly, Unreachable
+from medhive.queues import (
+    MANIFEST_HEADER,
+    UPLOAD,
+    QueueAnswer,
+    QueueContribution,
+    QueueContributionAnswer,
+    QueueStatus,
+    manifest_to_header,
+)
 from medhive.sealing import SiteSealing
 from medhive.signing import Signed
 from medhive.version import require_compatible
@@ -38,6 +49,8 @@ from medhive.wire import (
 
 # A token is renewed this long before it runs out, so that a long upload does not lose it half-way.
 RENEW_BEFORE = timedelta(minutes=5)
+# After so long on another address the first one is tried again.
+BACK_TO_FIRST_S = 60.0
 # Below this, network delay and clock error cannot be told apart, and no protocol here minds.
 SMALLEST_OFFSET_S = 2.0
 
@@ -45,6 +58,9 @@ Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 MakeSealing = Callable[[CoordinatorAnswer, Callable[[], datetime]], SiteSealing]
 TokenProof = Callable[[datetime], Signed[SiteTokenProof]]
+
+
+log = structlog.get_logger()
 
 
 class SiteRevoked(NotAllowed):
@@ -73,11 +89,13 @@ class Gateway:
         sealing: MakeSealing | None = None,
         sealed: bool = False,
         trust_anew: Callable[[str], Trust] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Connect lazily.
 
         Args:
-            addresses: tried in order; the one that answered last is tried first the next time.
+            addresses: tried in order; the one that answered last is tried first the next time, and after a minute on
+                another one the first again.
             prove: makes a fresh signed proof, dated as told, against which the gateway gives a token.
             clock_offset_s: seconds to add to this machine's clock, as learnt earlier.
             on_token, on_clock: told what should survive this process.
@@ -85,8 +103,12 @@ class Gateway:
             sealed: weights pass sealed; without it only once the gateway asks for it.
             trust_anew: says whose certificates count at an address that shows an unknown one; raises what is not to be
                 trusted.
+            monotonic: seconds that never jump.
         """
         self._clients = [GatewayClient(address, trust, token) for address in addresses]
+        self._first = self._clients[0] if self._clients else None
+        self._back_at = 0.0
+        self._monotonic = monotonic
         self._trust_anew = trust_anew
         self._prove = prove
         self._expires_at = expires_at if token else None
@@ -122,11 +144,13 @@ class Gateway:
 
     def _each(self, exchange: Callable[[GatewayClient], Result]) -> Result:
         last: Unreachable | None = None
-        for client in tuple(self._clients):
+        for client in self._in_order():
             try:
                 result = self._trusting(client, exchange)
             except Unreachable as error:
                 last = error
+                if client is self._first:
+                    self._back_at = self._monotonic() + BACK_TO_FIRST_S
                 continue
             if client is not self._clients[0]:
                 self._prefer(client)
@@ -152,9 +176,22 @@ class Gateway:
         for client in self._clients:
             client.use_trust(trust)
 
+    def _in_order(self) -> tuple[GatewayClient, ...]:
+        """The one that answered last, then the others; now and then the first address before it."""
+        with self._lock:
+            if self._monotonic() < self._back_at:
+                return tuple(self._clients)
+            return tuple(sorted(self._clients, key=lambda client: client is not self._first))
+
     def _prefer(self, client: GatewayClient) -> None:
         with self._lock:
             self._clients.sort(key=lambda other: other is not client)
+        log.warning("gateway.address-changed", address=client.address, first=client is self._first)
+
+    @property
+    def address(self) -> str:
+        """The address in use: the one that answered last."""
+        return self._clients[0].address if self._clients else ""
 
     def _call(self, exchange: Callable[[GatewayClient], Result]) -> Result:
         """Make one exchange with a valid token; a token that was revoked meanwhile is replaced once."""
@@ -264,6 +301,18 @@ class Gateway:
         """One version."""
         return self._get(VersionAnswer, f"/studies/{study}/versions/{version}")
 
+    def queue(self, study: str) -> QueueAnswer:
+        """A study's open queue. Raises `NotFound` when it has none."""
+        return self._get(QueueAnswer, f"/studies/{study}/queue")
+
+    def queue_status(self, study: str) -> QueueStatus:
+        """How full a study's queue is."""
+        return _read(QueueStatus, self._call(lambda client: client.get("/status", study=study)))
+
+    def contributions(self, study: str) -> list[QueueContributionAnswer]:
+        """What this site has sent to a study's queues, newest first."""
+        return self._get_list(QueueContributionAnswer, f"/studies/{study}/queue/contributions")
+
     def head(self) -> Head:
         """The signed newest row of the event log."""
         return self._get(Head, "/events/head")
@@ -324,6 +373,28 @@ class Gateway:
         """Send an update, resuming; returns the bytes that travelled."""
         path = f"{API}/runs/{run_id}/blobs/{digest}"
         return self._move(lambda client, sealing: client.upload(path, source, on_progress, sealing))
+
+    def send_contribution(
+        self, contribution: QueueContribution, source: Path, on_progress: Progress | None = None
+    ) -> int:
+        """Send a contribution to a queue, resuming at whichever address answers; returns the bytes that travelled.
+
+        Raises:
+            MedHiveError: the queue does not take it, for the reason that the text gives.
+        """
+        headers = {MANIFEST_HEADER: manifest_to_header(contribution)}
+        return self._move(
+            lambda client, sealing: client.upload(UPLOAD, source, on_progress, sealing, method="POST", headers=headers)
+        )
+
+    def send_version_zero(self, study: str, source: Path, digest: str) -> int:
+        """Send a study's initial weights; returns the bytes that travelled.
+
+        Raises:
+            Conflict: it has others.
+        """
+        path = f"{API}/studies/{study}/queue/version-zero/blobs/{digest}"
+        return self._move(lambda client, sealing: client.upload(path, source, None, sealing))
 
     def fetch_version(
         self,

@@ -22,7 +22,7 @@ from medhive.spec import StudyData
 
 DATABASE = "site.db"
 LOCK_LOOK_S = 0.02  # how soon a lock that was given back is noticed
-FOLDERS = ("keys", "models", "ledger", "cache", "runs")
+FOLDERS = ("keys", "models", "ledger", "cache", "runs", "queue")
 
 
 class AlreadyRunning(Conflict):

@@ -14,7 +14,7 @@ COMMANDS: Final = {
     "sites": (f"{_HERE}.sites:sites", "List the hospitals, or show one."),
     "tunnel": (f"{_HERE}.sites:tunnel", "Show the tunnel's public address, for SERVER_ADDRESS at hospitals."),
     "revoke": (f"{_HERE}.sites:revoke", "Shut a hospital out, at once and for good."),
-    "studies": (f"{_HERE}.studies:studies", "Studies: list, show, create, members."),
+    "studies": (f"{_HERE}.studies:studies", "Studies: list, show, create, members, queue."),
     "request": (f"{_HERE}.runs:request", "Ask for a training run of a study."),
     "requests": (f"{_HERE}.runs:requests", "List training requests."),
     "approve": (f"{_HERE}.runs:approve", "Approve a request: its run asks the hospitals for consent."),
@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "rollback": (f"{_HERE}.models:rollback", "Offer an older version to all hospitals as the candidate again."),
     "cleanup": (f"{_HERE}.models:cleanup", "Retire old versions and delete what nothing refers to."),
     "stats": (f"{_HERE}.models:stats", "Runs, success rate, mean accuracy, sites, images, bytes."),
+    "queue": (f"{_HERE}.queues:queue", "A contribution queue: status, execute, clear, help, quit; alone, a prompt."),
     "audit": (f"{_HERE}.audit:audit", "The event log: verify it, export it."),
     "menu": (f"{_HERE}.menu:menu", "A numbered menu over these commands."),
 }

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import click
 
+from api_gateway.admin.queues import study_queue
 from api_gateway.admin.session import connect
 from medhive.errors import InvalidInput
 from medhive.spec import StudyData
@@ -197,3 +198,6 @@ def members(terminal: Terminal, name: str, added: tuple[str, ...], removed: tupl
         study = StudyAnswer.model_validate(client.get(f"{API}/studies/{name}"))
     value = {"study": study.name, "members": study.members}
     terminal.result(value, lambda: terminal.table(["member"], [[site] for site in study.members], "no members"))
+
+
+studies.add_command(study_queue)

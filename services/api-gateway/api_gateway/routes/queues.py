@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from api_gateway import blobs, contributions, executions, queues, versions
 from api_gateway.blobstore import Part
 from api_gateway.files import file_answer
-from api_gateway.http import UPLOAD, BlobDigest, CallDep, StrictRoute
+from api_gateway.http import BlobDigest, CallDep, StrictRoute
 from api_gateway.routes.blobs import BINARY, content_length, received
 from api_gateway.runs import MAX_NUMBER
 from api_gateway.sealed import opener_of, require_sealed, sealed_answer
@@ -18,6 +18,7 @@ from medhive.consent import Consent
 from medhive.errors import InvalidInput, NotFound
 from medhive.queues import (
     MANIFEST_HEADER,
+    UPLOAD,
     ExecutionAnswer,
     ExecutionEnd,
     ExecutionTask,

@@ -7,9 +7,11 @@ import click
 
 from fl_client import updates
 from fl_client.cli.installation import load_settings, open_site, unusable
+from fl_client.cli.queues import queue_line, queue_lines
 from fl_client.consents import open_runs
 from fl_client.identity import Identity, JoinOutcome, NotJoined
 from fl_client.limits import Limits
+from fl_client.queues import unanswered_queues
 from fl_client.settings import Settings
 from fl_client.site import Site, join_site, open_state
 from fl_client.store import StudySettings
@@ -81,7 +83,7 @@ def status(terminal: Terminal) -> None:
         value: dict[str, Any] = {
             "site": site.name,
             "coordinator": site.identity.coordinator_name,
-            "address": site.identity.addresses[0],
+            "address": site.gateway.address,
             "limits": plain(vars(site.limits())),
             "champions": champions(site),
             "undecided": undecided(site),
@@ -114,7 +116,9 @@ def _remote_status(site: Site) -> dict[str, Any]:
         "state": str(own.state),
         "node_online": own.node_online,
         "studies": list(own.studies),
-        "waiting_for_consent": [item.run.id for item in open_runs(site)],
+        "waiting_for_consent": [item.run.id for item in open_runs(site)] + unanswered_queues(site),
+        "address": site.gateway.address,
+        "queues": queue_lines(site),
         "runs": [{"run": run.id, "state": str(run.state), "round": run.round, "rounds": run.rounds} for run in runs],
     }
 
@@ -130,6 +134,7 @@ def _show_status(terminal: Terminal, value: dict[str, Any]) -> None:
             ("node", _node_line(value)),
             ("studies", ", ".join(value.get("studies", ()))),
             ("runs", ", ".join(f"{r['run']} {r['state']} {r['round']}/{r['rounds']}" for r in value.get("runs", ()))),
+            *(("queue", queue_line(line)) for line in value.get("queues", ())),
             ("consent asked", ", ".join(value.get("waiting_for_consent", ()))),
             ("in use", ", ".join(f"{study} version {number}" for study, number in value["champions"].items())),
             ("decide on", ", ".join(value["undecided"])),

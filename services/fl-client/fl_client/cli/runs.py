@@ -6,15 +6,18 @@ from typing import Any, Final
 import click
 
 from fl_client.cli.installation import open_site, open_source, signing_person
+from fl_client.cli.queues import QUEUE_PREFIX, agree, queue_details
 from fl_client.consents import DEFAULT_VALIDITY, DataCheck, OpenRun, Sent, check_data, grant, open_runs
 from fl_client.consents import decline as decline_run
 from fl_client.consents import withdraw as withdraw_consent
 from fl_client.jobs import JobEvent, Reading
+from fl_client.queues import DEFAULT_CONTRIBUTIONS, decline_queue, queue_by_id, unanswered_queues, withdraw_queue
 from fl_client.requests import cancel_request, send_request
 from fl_client.site import Site
 from medhive.errors import InvalidInput, MedHiveError
 from medhive.follow import follow_request, follow_run
-from medhive.spec import build_options
+from medhive.queues import QueueSpec
+from medhive.spec import RunSpec, build_options
 from medhive.states import RequestState, RunState
 from medhive.terminal import Advance, Command, Terminal, chosen_options, moment, pass_terminal, run_options
 from medhive.views import request_details, requests_table, run_details
@@ -96,30 +99,41 @@ def requests(terminal: Terminal) -> None:
     """List the training requests of this hospital's studies, and the runs that wait for its consent."""
     with open_site() as site:
         found = sorted(site.gateway.requests(), key=lambda item: item.created_at)
-        waiting = open_runs(site)
-    value = {"requests": [item.model_dump(mode="json") for item in found], "consent_asked": [w.run.id for w in waiting]}
+        waiting = [item.run.id for item in open_runs(site)] + unanswered_queues(site)
+    value = {"requests": [item.model_dump(mode="json") for item in found], "consent_asked": waiting}
     terminal.result(value, lambda: requests_table(terminal, found))
     if waiting:
-        terminal.note(f"Waiting for your consent: {', '.join(item.run.id for item in waiting)}")
+        terminal.note(f"Waiting for your consent: {', '.join(waiting)}")
 
 
 @click.command(cls=Command)
-@click.argument("run_id", metavar="RUN_n", required=False)
+@click.argument("run_id", metavar="RUN_n|QUEUE_n", required=False)
 @click.option("--person", help="Who agrees; stands under the signature.")
 @click.option("--days", type=float, default=DEFAULT_DAYS, show_default=True, help="Days that the consent is valid.")
+@click.option(
+    "--contributions",
+    type=int,
+    default=DEFAULT_CONTRIBUTIONS,
+    show_default=True,
+    help="Queues: how many contributions it covers.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_terminal
-def consent(terminal: Terminal, run_id: str | None, person: str | None, days: float, yes: bool) -> None:
-    """Agree to a run: shows it, checks this hospital's data, and signs.
+def consent(terminal: Terminal, /, run_id: str | None, person: str | None, **given: Any) -> None:
+    """Agree to a run or a contribution queue: shows it, checks this hospital's data, and signs.
 
     What is sent says of the data only counts by reason and a keyed fingerprint.
     """
+    days, yes = given["days"], given["yes"]
     with open_site() as site:
+        if run_id is not None and run_id.startswith(QUEUE_PREFIX):
+            _consent_to_queue(terminal, site, run_id, person, given)
+            return
         run = _ask_open_run(terminal, site, run_id)
         if not terminal.json:
             run_details(terminal, run)
         name = signing_person(terminal, site, person)
-        check = _check(terminal, site, run)
+        check = _check(terminal, site, run.spec)
         if not terminal.json:
             _show_check(terminal, check)
         terminal.confirm(f"Agree to {run.id} in the name of {site.name}?", yes)
@@ -147,9 +161,21 @@ def _ask_open_run(terminal: Terminal, site: Site, run_id: str | None) -> RunAnsw
     return runs[terminal.ask(None, "Run", "RUN_n", proposed, list(runs))]
 
 
-def _check(terminal: Terminal, site: Site, run: RunAnswer) -> DataCheck:
+def _consent_to_queue(terminal: Terminal, site: Site, queue_id: str, person: str | None, given: dict[str, Any]) -> None:
+    queue = queue_by_id(site, queue_id)
+    if not terminal.json:
+        queue_details(terminal, queue)
+    name = signing_person(terminal, site, person)
+    check = _check(terminal, site, queue.spec)
+    if not terminal.json:
+        _show_check(terminal, check)
+    terminal.confirm(f"Agree to {queue.id} in the name of {site.name}?", given["yes"])
+    agree(terminal, site, queue, person=name, check=check, days=given["days"], contributions=given["contributions"])
+
+
+def _check(terminal: Terminal, site: Site, spec: RunSpec | QueueSpec) -> DataCheck:
     with terminal.progress("reading the data") as advance, site.trainer() as trainer:
-        return check_data(site, trainer, run.spec, reading_listener(advance))
+        return check_data(site, trainer, spec, reading_listener(advance))
 
 
 def reading_listener(advance: Advance) -> Any:
@@ -171,13 +197,20 @@ def _show_check(terminal: Terminal, check: DataCheck) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("run_id", metavar="RUN_n", required=False)
+@click.argument("run_id", metavar="RUN_n|QUEUE_n", required=False)
 @click.option("--reason", help="Why; the coordinator reads it.")
 @click.option("--person", help="Who declines.")
 @pass_terminal
 def decline(terminal: Terminal, run_id: str | None, reason: str | None, person: str | None) -> None:
-    """Decline a run."""
+    """Decline a run or a queue."""
     with open_site() as site:
+        if run_id is not None and run_id.startswith(QUEUE_PREFIX):
+            queue = queue_by_id(site, run_id)
+            reason = terminal.ask(reason, "Reason", "--reason", "")
+            decline_queue(site, queue, person=signing_person(terminal, site, person), reason=reason)
+            said = {"queue": queue.id, "consent": "declined"}
+            terminal.result(said, lambda: terminal.line(f"Declined {queue.id}."))
+            return
         run = _ask_open_run(terminal, site, run_id)
         reason = terminal.ask(reason, "Reason", "--reason", "")
         sent = decline_run(site, run, person=signing_person(terminal, site, person), reason=reason)
@@ -186,18 +219,21 @@ def decline(terminal: Terminal, run_id: str | None, reason: str | None, person: 
 
 
 @click.command(cls=Command)
-@click.argument("run_id", metavar="RUN_n")
+@click.argument("run_id", metavar="RUN_n|QUEUE_n")
 @click.option("--reason", help="Why; the coordinator reads it.")
 @click.option("--person", help="Who withdraws.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_terminal
 def withdraw(terminal: Terminal, run_id: str, reason: str | None, person: str | None, yes: bool) -> None:
-    """Withdraw the consent to a run; training here stops at once, and the run goes on without this hospital."""
+    """Withdraw the consent to a run or a queue; training here stops at once, and they go on without this hospital."""
     with open_site() as site:
         reason = terminal.ask(reason, "Reason", "--reason", "")
         name = signing_person(terminal, site, person)
         terminal.confirm(f"Withdraw from {run_id} for good?", yes)
-        sent = withdraw_consent(site, run_id, person=name, reason=reason)
+        if run_id.startswith(QUEUE_PREFIX):
+            sent = Sent(withdraw_queue(site, run_id, person=name, reason=reason))
+        else:
+            sent = withdraw_consent(site, run_id, person=name, reason=reason)
     value = {"run": run_id, "consent": "withdrawn", "delivered": sent.delivered}
     terminal.result(value, lambda: terminal.line(_sent_line(f"Withdrew from {run_id}", sent)))
 

@@ -1,0 +1,239 @@
+"""The contribution queue at the hospital: its own consent decides, real training, an upload that finds its way."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from site_data import IMAGES, make_images
+from site_world import World, later
+
+from fl_client import queues
+from fl_client.consents import DataCheck, check_data
+from fl_client.gateway import BACK_TO_FIRST_S, Gateway
+from fl_client.jobs import JobEvent, Started
+from fl_client.limits import Limits
+from fl_client.queues import OtherInitialWeights, QueueClient, TrainingPaused
+from fl_client.site import Site
+from fl_client.trainer import Trainer
+from medhive.client import Trust
+from medhive.errors import Expired, InvalidInput, NotAllowed, NotFound
+from medhive.queues import QueueAnswer, QueueOptions
+from medhive.wire import API
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("world"))
+    world.study("tumours", "image-folder", IMAGES)
+    world.admin.put(f"{API}/studies/tumours/queue", {"local_epochs": 1, "capacity": 10})
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def site(world: World) -> Site:
+    return world.join("north", "tumours", data=make_images(world.folder / "images"))
+
+
+@pytest.fixture(scope="module")
+def trainer(site: Site) -> Iterator[Trainer]:
+    with site.trainer() as trainer:
+        yield trainer
+
+
+@pytest.fixture(scope="module")
+def check(site: Site, trainer: Trainer) -> DataCheck:
+    return check_data(site, trainer, site.gateway.queue("tumours").spec)
+
+
+def agreed(site: Site, check: DataCheck, **limits: object) -> QueueAnswer:
+    queue = site.gateway.queue("tumours")
+    queues.grant_queue(site, queue, person="Dr. North", check=check, **limits)  # type: ignore[arg-type]
+    return queue
+
+
+def test_nothing_is_trained_without_the_own_consent(site: Site, trainer: Trainer, check: DataCheck) -> None:
+    client = QueueClient(site, trainer)
+    assert client.study == "tumours" and queues.unanswered_queues(site) == [site.gateway.queue("tumours").id]
+    with pytest.raises(NotAllowed, match="not agreed"):
+        client.train_federated()
+    queue = agreed(site, check)
+    assert queues.unanswered_queues(site) == []
+    assert queues.valid_queue_consent(site, queue, later(0)).dataset_fingerprint == check.fingerprint
+    with pytest.raises(Expired):
+        queues.valid_queue_consent(site, queue, later(24 * 31))
+    queues.decline_queue(site, queue, person="Dr. North", reason="not this year")
+    with pytest.raises(NotAllowed, match="declined"):
+        client.train_federated()
+
+
+def test_a_specification_that_is_not_its_hash_is_not_signed(site: Site, check: DataCheck) -> None:
+    queue = site.gateway.queue("tumours")
+    other = queue.spec.model_copy(update={"options": QueueOptions(local_epochs=99)})
+    with pytest.raises(InvalidInput, match="not the one that its hash names"):
+        queues.grant_queue(site, queue.model_copy(update={"spec": other}), person="Dr. North", check=check)
+    with pytest.raises(InvalidInput, match="within a year"):
+        agreed(site, check, valid_for=timedelta(days=4000))
+
+
+def test_from_no_model_to_a_contribution(world: World, site: Site, trainer: Trainer, check: DataCheck) -> None:
+    client = QueueClient(site, trainer)
+    agreed(site, check)
+    with pytest.raises(NotFound, match="no model yet"):
+        client.download_global_model()
+    with pytest.raises(NotFound, match="train first"):
+        client.send_update_to_server()
+    trained = client.train_federated()
+    assert (trained.body.base_version, trained.body.examples > 0) == (0, True)
+    assert "train_loss" in trained.body.metrics and not any("/" in name for name in trained.body.metrics)
+    assert client.waits_to_be_sent and client.check_server_status().newest_version == 0
+    assert client.download_global_model().version == 0
+    sent = client.send_update_to_server()
+    assert (str(sent.state), sent.digest) == ("waiting", trained.body.content_digest)
+    assert not client.waits_to_be_sent and not trained.file.exists()
+    status = client.check_server_status()
+    assert (status.queue_size, str(status.state)) == (1, "partial")
+    stored = world.admin.get(f"{API}/studies/tumours/queue/contributions")[0]
+    assert (stored["site"], stored["examples"]) == ("north", trained.body.examples)
+
+
+def test_a_second_hospital_compares_the_initial_weights(world: World, site: Site, trainer: Trainer) -> None:
+    other = world.join("south", "tumours", data=make_images(world.folder / "images-south", seed=2))
+    with other.trainer() as own:
+        agreed(other, check_data(other, own, other.gateway.queue("tumours").spec))
+        client = QueueClient(other, own, "tumours")
+        assert client.train_federated().body.base_version == 0
+        honest = client._initial
+        client._initial = lambda *words: (honest(*words)[0], "0" * 64)  # type: ignore[method-assign]
+        with pytest.raises(OtherInitialWeights, match="Compare the versions"):
+            client.train_federated()
+
+
+def test_a_consent_is_used_up(site: Site, trainer: Trainer, check: DataCheck) -> None:
+    agreed(site, check, contributions=1)
+    client = QueueClient(site, trainer)
+    client.train_federated()
+    client.send_update_to_server()
+    with pytest.raises(NotAllowed, match="covers 1 contributions"):
+        client.train_federated()
+
+
+def test_a_pause_holds_here_too(site: Site, trainer: Trainer, check: DataCheck) -> None:
+    agreed(site, check)
+    before = site.limits()
+    before.with_changes(paused=True).save(site.store)
+    try:
+        with pytest.raises(TrainingPaused):
+            QueueClient(site, trainer).train_federated()
+    finally:
+        before.save(site.store)
+    assert isinstance(site.limits(), Limits)
+
+
+def test_a_withdrawal_stops_the_training_and_takes_out_what_waits(
+    world: World, site: Site, trainer: Trainer, check: DataCheck
+) -> None:
+    queue, started = agreed(site, check), threading.Event()
+
+    def withdraw(event: JobEvent) -> None:
+        if isinstance(event, Started) and not started.is_set():
+            started.set()
+            queues.withdraw_queue(site, queue.id, person="Dr. North", reason="a question")
+
+    with pytest.raises(NotAllowed, match="withdrawn"):
+        QueueClient(site, trainer).train_federated(withdraw)
+    assert not QueueClient(site, trainer).waits_to_be_sent
+    states = {row["state"] for row in world.admin.get(f"{API}/studies/tumours/queue/contributions")}
+    assert states == {"withdrawn"}
+    with pytest.raises(NotFound):
+        queues.withdraw_queue(site, queue.id, person="Dr. North")
+
+
+# ---- several addresses ---------------------------------------------------------------------------------------------
+
+
+class Wire:
+    """Passes bytes on to the gateway until it is cut; `limit` bytes to the gateway, then it dies as a machine would."""
+
+    def __init__(self, target: int, limit: int = 10**9, port: int = 0) -> None:
+        self._target, self._left = target, limit
+        self._open: list[socket.socket] = []
+        self._server = socket.create_server(("localhost", port))
+        self.port = int(self._server.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._server.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("localhost", self._target))
+            self._open += [near, far]
+            threading.Thread(target=self._pass, args=(near, far, True), daemon=True).start()
+            threading.Thread(target=self._pass, args=(far, near, False), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        try:
+            while data := source.recv(65536):
+                if counted:
+                    self._left -= len(data)
+                    if self._left < 0:
+                        self.cut()
+                        return
+                target.sendall(data)
+        except OSError:
+            return
+
+    def cut(self) -> None:
+        """Refuse new connections and break the open ones."""
+        self._server.close()
+        for each in self._open:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+def test_an_upload_goes_on_at_the_second_address(
+    world: World, site: Site, trainer: Trainer, check: DataCheck, tmp_path: Path
+) -> None:
+    agreed(site, check)
+    client = QueueClient(site, trainer)
+    trained = client.train_federated()
+    size = trained.file.stat().st_size
+    assert size > 200_000
+    wire = Wire(int(world.stack.url.rpartition(":")[2]), limit=size // 2)
+    addresses = f"https://localhost:{wire.port},{world.stack.url}"
+    settings = site.settings.model_copy(update={"server_address": addresses})
+    with Site.open(settings) as away:
+        sent = QueueClient(away, trainer, "tumours").send_update_to_server()
+        assert sent.digest == trained.body.content_digest and str(sent.state) == "waiting"
+        assert away.gateway.address == world.stack.url
+    wire.cut()
+
+
+def test_the_first_address_is_used_again_when_it_is_back(world: World, site: Site) -> None:
+    now = [0.0]
+    dead = socket.create_server(("localhost", 0))
+    port = int(dead.getsockname()[1])
+    dead.close()
+    first = f"https://localhost:{port}"
+    trust = site.identity.trust(None)
+    assert isinstance(trust, Trust)
+    gateway = Gateway((first, world.stack.url), trust, lambda _at: None, monotonic=lambda: now[0])  # type: ignore[arg-type, return-value]
+    try:
+        gateway.coordinator()
+        assert gateway.address == world.stack.url
+        back = Wire(int(world.stack.url.rpartition(":")[2]), port=port)
+        gateway.coordinator()
+        assert gateway.address == world.stack.url
+        now[0] += BACK_TO_FIRST_S + 1
+        gateway.coordinator()
+        assert gateway.address == first
+        back.cut()
+    finally:
+        gateway.close()
