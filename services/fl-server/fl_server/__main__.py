@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import structlog
 
@@ -43,6 +43,10 @@ AVERAGER_GRACE_S = 1.0
 log = structlog.get_logger()
 
 
+class _Stopped(BaseException):
+    """Raised out of a step that waits for another service when this one is told to end."""
+
+
 class Server:
     """Everything that `serve` does, until `stop`."""
 
@@ -51,10 +55,26 @@ class Server:
         self._say = say
         self._stopped = threading.Event()
         self._trouble = ""
+        self._waits = False
 
     def stop(self) -> None:
-        """End the service; from a signal handler or another thread."""
+        """End the service; called by the main thread's signal handler.
+
+        A step that waits for a gateway or a SuperLink which does not answer is left at once. Nothing is lost by that: a
+        step may be killed at any moment.
+        """
         self._stopped.set()
+        if self._waits:
+            self._waits = False
+            raise _Stopped
+
+    @contextmanager
+    def _left_at_once(self) -> Iterator[None]:
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
 
     def run(self) -> None:
         """Serve until `stop`.
@@ -69,7 +89,9 @@ class Server:
             log.info("server.tidied", leftovers=remove_leftovers(settings.state_dir))
             require_free_port(settings.fleet_port, f"{PREFIX}FLEET_PORT")
             self._introduce()
-            if not self._wait_for_gateway(gateway):
+            with suppress(_Stopped), self._left_at_once():
+                self._wait_for_gateway(gateway)
+            if self._stopped.is_set():
                 return
             figures = Figures(settings.state_dir)
             supervisor = Supervisor(_services(settings), Relay(observe=figures.observe), figures.started)
@@ -77,7 +99,8 @@ class Server:
                 address=settings.superlink_url, tls=ssl.create_default_context(cafile=str(settings.gateway_ca_file))
             )
             try:
-                self._serve(gateway, superlink, supervisor, figures)
+                with suppress(_Stopped):
+                    self._serve(gateway, superlink, supervisor, figures)
             finally:
                 supervisor.stop()
                 superlink.close()
@@ -91,8 +114,8 @@ class Server:
         self._say(f"fleet https://127.0.0.1:{settings.fleet_port}")
         self._say(f"tracking {settings.mlflow_url or 'off (MEDHIVE_SERVER_MLFLOW_URL is not set)'}")
 
-    def _wait_for_gateway(self, gateway: GatewayClient) -> bool:
-        """Wait until it answers; False when stopped meanwhile."""
+    def _wait_for_gateway(self, gateway: GatewayClient) -> None:
+        """Wait until it answers, or until stopped."""
         told = False
         while not self._stopped.is_set():
             try:
@@ -105,8 +128,7 @@ class Server:
                 continue
             self._say(f"coordinator {coordinator.name}, key {coordinator.key_id}")
             self._say_versions(gateway)
-            return True
-        return False
+            return
 
     def _say_versions(self, gateway: GatewayClient) -> None:
         for study in gateway.get(f"{API}/studies"):
@@ -132,7 +154,8 @@ class Server:
                 if "superexec" in supervisor.look():
                     pending.append(dispatcher.restart_all)
                 # In this order: a run must find the nodes of its sites registered.
-                self._try_all([*pending, nodes.sync, dispatcher.step], pending)
+                with self._left_at_once():
+                    self._try_all([*pending, nodes.sync, dispatcher.step], pending)
                 self._stopped.wait(STEP_S)
 
     @contextmanager
