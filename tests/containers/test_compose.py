@@ -1,7 +1,9 @@
 """The main job through real containers: `docker compose up`, three hospitals by `docker run`, from request to use."""
 
 import json
+import os
 import re
+import shutil
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ pytestmark = [pytest.mark.usefixtures("engine"), pytest.mark.timeout(3600)]
 SITES = ("hospital-a", "hospital-b", "hospital-c")
 STUDY = "brain-mri"
 IMAGES_PER_CLASS = 30
+REAL = Path(os.environ["MEDHIVE_TEST_DATA"]) / "brain_mri" if os.environ.get("MEDHIVE_TEST_DATA") else None
 SERVICES = ("gateway", "fl-server", "mlflow", "proxy")
 
 
@@ -42,7 +45,7 @@ def compose(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         compose.up()
         compose.login()
         for number, site in enumerate(SITES, 1):
-            make_phantoms(folder / site, IMAGES_PER_CLASS, number)
+            give_scans(folder / site, number)
             compose.hospital(site, readable(folder / site))
         members = [word for site in SITES for word in ("--member", site)]
         compose.admin(
@@ -52,6 +55,17 @@ def compose(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         for site in SITES:
             compose.wait_for_log(site, "connected to the fleet")
         yield compose
+
+
+def give_scans(folder: Path, number: int) -> None:
+    """A hospital's images: real ones where there are any, no two hospitals the same, else made ones."""
+    if REAL is None:
+        make_phantoms(folder, IMAGES_PER_CLASS, number)
+        return
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        for image in sorted((REAL / name).iterdir())[number :: len(SITES)][:IMAGES_PER_CLASS]:
+            shutil.copy(image, folder / name)
 
 
 def readable(folder: Path) -> Path:
@@ -88,6 +102,17 @@ def test_three_hospitals_train_and_use_a_model(compose: Compose) -> None:
     assert [item["site"] for item in decisions if item["state"] == "accepted"] == [SITES[0]]
     check_tracking(compose, run_id)
     assert compose.admin_json("audit", "verify")["right"]
+
+
+def test_the_images_were_real(compose: Compose) -> None:
+    if REAL is None:
+        pytest.skip("MEDHIVE_TEST_DATA names no folder with real data: the main job here ran on made images")
+    final = next(item for item in compose.admin_json("runs") if item["id"] == "RUN_1")
+    known = {image.name for name in CLASSES for image in (REAL / name).iterdir()}
+    held = run("docker", "exec", compose.hospitals[SITES[0]], "find", "/data", "-type", "f").split()
+    assert len(held) == IMAGES_PER_CLASS * len(CLASSES)
+    assert {Path(path).name for path in held} <= known
+    assert final["state"] == "completed"
 
 
 def check_tracking(compose: Compose, run_id: str) -> None:
