@@ -27,7 +27,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test test-containers images images-save up down logs backup restore lint types imports fmt bench clean
+.PHONY: help setup demo demo-queue test test-containers images images-save up down logs backup restore lint types imports fmt bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ demo: $(STAMP) ## Run the main job on this machine: TASK=image-folder DATA= TEST
 	$(BIN)/python deploy/demo/demo.py --task $(TASK) --sites $(SITES) --rounds $(ROUNDS) $(if $(DATA),--data "$(DATA)") \
 		$(if $(TEST),--test "$(TEST)") $(if $(REPORT),--report "$(REPORT)") $(if $(KEEP),--keep) \
 		$(if $(SCAN),--scan "$(SCAN)") $(if $(SHUFFLED),--shuffled)
+
+demo-queue: $(STAMP) ## Twelve hospitals upload to a queue of ten; the status after each
+	$(BIN)/python deploy/demo/queue_demo.py
 
 # Two at a time: most tests wait for processes, so that two cores are busy with two. Who gets what: tests/conftest.py.
 WORKERS ?= 2
