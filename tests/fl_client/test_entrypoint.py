@@ -25,7 +25,7 @@ from fl_client.container.exits import Exit, exit_code
 from fl_client.container.folders import DataUnusable, StateUnusable, require_data, require_state, state_problem
 from fl_client.container.health import LONGEST_TURN_S, NAME, Pulse, look
 from fl_client.container.health import __file__ as health_file
-from fl_client.container.serve import InviteRefused, join_when_it_answers, passes_by_itself, refusal
+from fl_client.container.serve import InviteRefused, join_when_it_answers, open_folders, passes_by_itself, refusal
 from fl_client.container.waiting import REMIND_S, Patience, Voice
 from fl_client.events import Connected, Disconnected, Stopped
 from fl_client.identity import AlreadyJoined, Identity, JoinOutcome, WrongAuthority
@@ -42,6 +42,7 @@ from medhive.errors import (
     NotAllowed,
     Unreachable,
 )
+from medhive.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "mh2." + "A" * 43 + "." + "A" * 43 + ".pinned"
@@ -112,6 +113,15 @@ def test_one_readable_file_anywhere_is_data(tmp_path: Path) -> None:
 def test_a_missing_folder_is_empty(tmp_path: Path) -> None:
     with pytest.raises(DataUnusable, match=r"is empty; mount .* -v /their/scans:"):
         require_data(tmp_path / "none")
+
+
+def test_where_scans_can_be_pulled_no_data_need_be_there_yet(tmp_path: Path) -> None:
+    settings = Settings(
+        state_dir=tmp_path / "state", data_dir=tmp_path / "none", pacs_url="https://pacs.example/dicom-web"
+    )
+    assert open_folders(Terminal(no_input=True), settings) is None
+    with pytest.raises(DataUnusable):
+        open_folders(Terminal(no_input=True), settings.model_copy(update={"pacs_url": ""}))
 
 
 def test_a_link_that_leads_nowhere_is_not_readable(tmp_path: Path) -> None:

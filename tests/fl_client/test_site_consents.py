@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from site_data import TABLE, make_table
@@ -77,6 +78,24 @@ def test_a_withdrawal_counts_at_once(world: World, site: Site, run: RunAnswer) -
     assert states["north"] == "withdrawn"
     with pytest.raises(Conflict, match="withdrawn already"):
         consents.withdraw(site, run.id, person="Dr. North")
+
+
+def test_new_scans_wait_for_a_run_that_counts_on_the_data(site: Site, run: RunAnswer, tmp_path: Path) -> None:
+    consents.grant(site, run, person="Dr. North", check=CHECK)
+    own = site.data_dir("heart")
+    assert run.id in consents.runs_counting_on(site, own)
+    assert run.id in consents.runs_counting_on(site, own / "2024")
+    assert run.id in consents.runs_counting_on(site, tmp_path, "heart")
+    assert run.id not in consents.runs_counting_on(site, tmp_path, "lung")
+    consents.withdraw(site, run.id, person="Dr. North")
+    assert run.id not in consents.runs_counting_on(site, own)
+
+
+def test_what_was_pulled_counts_where_the_study_has_no_other_folder(site: Site) -> None:
+    assert site.data_dir("lung") == site.settings.data_dir
+    site.pulled_dir("lung").mkdir()
+    assert site.data_dir("lung") == site.settings.state_dir / "pulled" / "lung"
+    assert site.data_dir("heart") == site.settings.data_dir
 
 
 def test_nothing_is_withdrawn_that_was_not_given(site: Site) -> None:

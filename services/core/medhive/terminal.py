@@ -47,6 +47,11 @@ GUIDE_SECTIONS: Final[Mapping[str, str]] = {
     "trainer-stuck": "Out of memory",
     "run-unsuccessful": "A run fails or expires",
     "audit-failed": "The event log does not verify",
+    "pacs-unreachable": "The PACS does not answer",
+    "pacs-busy": "The PACS does not answer",
+    "pacs-refuses": "The PACS refuses",
+    "not-dicomweb": "It is no DICOMweb",
+    "pull-incomplete": "Scans could not be pulled",
 }
 
 Model = TypeVar("Model", bound="BaseModel")

@@ -12,6 +12,7 @@ COMMANDS: Final = {
     "run": (f"{_HERE}.run:run", "Stay connected and train when a run that this hospital agreed to asks for it."),
     "status": (f"{_HERE}.membership:status", "Who this hospital is, what waits, what goes on."),
     "check-data": (f"{_HERE}.data:check_data", "Read the data as training would, and say what is wrong with them."),
+    "pull": (f"{_HERE}.pull:pull", "Fetch scans from the hospital's PACS over DICOMweb."),
     "split": (f"{_HERE}.data:split", "Split one dataset into several sites' (for trials)."),
     "request": (f"{_HERE}.runs:request", "Ask the coordinator for a training run."),
     "requests": (f"{_HERE}.runs:requests", "List training requests and the runs they became."),

@@ -9,6 +9,7 @@ import secrets
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from fl_client.jobs import Job, JobKind
@@ -71,6 +72,27 @@ def open_runs(site: Site) -> list[OpenRun]:
     waiting = site.gateway.runs(state=RunState.CONSENTING.value)
     found = [OpenRun(run, _is_own_request(site, run)) for run in waiting if _is_open(site, run)]
     return sorted(found, key=lambda item: item.run.created_at)
+
+
+def runs_counting_on(site: Site, folder: Path, study: str | None = None) -> list[str]:
+    """Runs that this site agreed to and that may still train on data in a folder, or on a study's."""
+    now = site.latest_now()
+    return [
+        item.run_id
+        for item in site.store.consents()
+        if _may_train(site, item, now) and _uses(site, item, folder, study)
+    ]
+
+
+def _may_train(site: Site, consent: GivenConsent, now: datetime) -> bool:
+    run = site.store.run(consent.run_id)
+    over = run is not None and run.state in FINAL_RUN_STATES
+    return consent.state in {"sending", "granted"} and not over and now < consent.signed.body.expires_at
+
+
+def _uses(site: Site, consent: GivenConsent, folder: Path, study: str | None) -> bool:
+    data, folder = site.data_dir(consent.study).resolve(), folder.resolve()
+    return consent.study == study or data.is_relative_to(folder) or folder.is_relative_to(data)
 
 
 def check_data(site: Site, trainer: Trainer, spec: RunSpec | QueueSpec, listener: Listener | None = None) -> DataCheck:

@@ -21,6 +21,8 @@ SLOW_POLL_S = 2.0
 SYNC_S = 10.0
 # Preprocessed scans: ten thousand boxes of 128 × 128 × 128 voxels.
 CACHE_BYTES = 20 * 2**30
+# What a pull leaves free on its disk: the keys, the database and the models of the hospital may lie on the same one.
+PULL_KEEP_FREE_BYTES = 5 * 2**30
 
 
 def _named(name: str, default: Any) -> Any:
@@ -45,6 +47,18 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(None, ge=1, le=65535, validation_alias=PREFIX + "METRICS_PORT")
     sync_s: float = Field(SYNC_S, gt=0, validation_alias=PREFIX + "SYNC_S")
     cache_bytes: int = Field(CACHE_BYTES, gt=0, validation_alias=PREFIX + "CACHE_BYTES")
+    # The hospital's archive; what a secret is may stand in a file, and is read when it is asked for.
+    pacs_url: str = _named("PACS_URL", "")
+    pacs_user: str = _named("PACS_USER", "")
+    pacs_password: SecretStr | None = _named("PACS_PASSWORD", None)
+    pacs_password_file: Path | None = _named("PACS_PASSWORD_FILE", None)
+    pacs_token: SecretStr | None = _named("PACS_TOKEN", None)
+    pacs_token_file: Path | None = _named("PACS_TOKEN_FILE", None)
+    pacs_ca_file: Path | None = _named("PACS_CA_FILE", None)
+    pacs_cert_file: Path | None = _named("PACS_CERT_FILE", None)
+    pacs_key_file: Path | None = _named("PACS_KEY_FILE", None)
+    pacs_plain_http: bool = Field(False, validation_alias=PREFIX + "PACS_PLAIN_HTTP")
+    pull_keep_free_bytes: int = Field(PULL_KEEP_FREE_BYTES, ge=0, validation_alias=PREFIX + "PULL_KEEP_FREE_BYTES")
 
     @field_validator("server_address")
     @classmethod

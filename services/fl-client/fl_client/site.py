@@ -22,7 +22,7 @@ from medhive.spec import StudyData
 
 DATABASE = "site.db"
 LOCK_LOOK_S = 0.02  # how soon a lock that was given back is noticed
-FOLDERS = ("keys", "models", "ledger", "cache", "runs", "queue")
+FOLDERS = ("keys", "models", "ledger", "cache", "runs", "queue", "pulled")
 
 
 class AlreadyRunning(Conflict):
@@ -114,12 +114,19 @@ class Site:
         return self.settings.state_dir / name
 
     def data_dir(self, study: str) -> Path:
-        """Where a study's data lie: as set for the study, else DATA_DIR/<study> if there is one, else DATA_DIR."""
+        """Where a study's data lie.
+
+        As set for the study, else DATA_DIR/<study> if there is one, else what was pulled for it, else DATA_DIR.
+        """
         own = self.store.study(study).data_dir
         if own is not None:
             return own
-        below = self.settings.data_dir / study
-        return below if below.exists() else self.settings.data_dir
+        possible = (self.settings.data_dir / study, self.pulled_dir(study))
+        return next((folder for folder in possible if folder.exists()), self.settings.data_dir)
+
+    def pulled_dir(self, study: str) -> Path:
+        """Where scans that a PACS gave for a study lie, unless another folder was named."""
+        return self.folder("pulled") / study
 
     def source(
         self, study: str, task: str, data: StudyData, statistics: dict[str, list[float]] | None = None

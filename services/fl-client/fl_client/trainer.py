@@ -40,6 +40,7 @@ from fl_client.jobs import (
     TrainerStuck,
 )
 from fl_client.limits import Limits
+from fl_client.settings import PREFIX
 
 # A step of training is far shorter; who does not give way by then is killed with the whole process.
 CANCEL_GRACE_S = 5.0
@@ -52,7 +53,8 @@ START_DEADLINE_S = 600.0
 # Rest before a child that was stuck is started again, doubled each time: what it lacked may come back meanwhile.
 FIRST_REST_S, LONGEST_REST_S = 2.0, 60.0
 # Secrets of the parent's environment that the trainer has no use for.
-WITHHELD = ("JOIN_TOKEN", "MEDHIVE_SITE_JOIN_TOKEN")
+SECRETS = ("JOIN_TOKEN", "PACS_PASSWORD", "PACS_TOKEN")
+WITHHELD = frozenset({*SECRETS, *(PREFIX + name for name in SECRETS)})
 # What is limited is address space, and each of glibc's arenas, one a thread, reserves 64 MB of it that nothing uses.
 FEW_ARENAS = {"MALLOC_ARENA_MAX": "1"}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

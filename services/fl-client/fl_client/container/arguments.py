@@ -23,6 +23,15 @@ SETTINGS: Final = (
     "DATA_DIR",
     "STATE_DIR",
     "EXTRA_CA_FILE",
+    "PACS_URL",
+    "PACS_USER",
+    "PACS_PASSWORD",
+    "PACS_PASSWORD_FILE",
+    "PACS_TOKEN",
+    "PACS_TOKEN_FILE",
+    "PACS_CA_FILE",
+    "PACS_CERT_FILE",
+    "PACS_KEY_FILE",
 )
 PROXY: Final = "HTTPS_PROXY"
 PROXY_FILE: Final = "HTTPS_PROXY_FILE"

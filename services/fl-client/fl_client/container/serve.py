@@ -129,7 +129,8 @@ def open_folders(terminal: Terminal, settings: Settings) -> Identity | None:
             f"Add -v state:{settings.state_dir}"
         )
     identity = _identity_in(settings)
-    require_data(settings.data_dir)
+    if not settings.pacs_url:  # with one the data may all be pulled, also later
+        require_data(settings.data_dir)
     return identity
 
 

@@ -159,6 +159,16 @@ def stored_values(path: Path) -> npt.NDArray[Any]:
     return _guarded(lambda: _decoded(dataset))
 
 
+def instance_of(path: Path) -> str:
+    """The SOPInstanceUID of a DICOM file of any kind, from its meta information; empty where there is none.
+
+    Raises:
+        UnreadableExample: empty, too-large, unreadable, not-dicom, corrupt.
+    """
+    with _opened(path):
+        return _meta_value(path, "MediaStorageSOPInstanceUID")
+
+
 class Decoder:
     """Turns files into Hounsfield units: plain ones here, compressed ones in a process of its own. Close it when done."""
 
@@ -244,10 +254,13 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _transfer_syntax(path: Path) -> str:
     """How a file is encoded, from its meta information alone."""
+    return _meta_value(path, "TransferSyntaxUID")
 
+
+def _meta_value(path: Path, name: str) -> str:
     def read() -> str:
         try:
-            return str(read_file_meta_info(path).get("TransferSyntaxUID", ""))
+            return str(read_file_meta_info(path).get(name, ""))
         except InvalidDicomError:
             raise UnreadableExample("not-dicom", "This is no DICOM file.") from None
 
