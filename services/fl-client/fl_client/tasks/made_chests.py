@@ -13,10 +13,11 @@ import numpy.typing as npt
 from scipy.ndimage import distance_transform_edt
 
 from fl_client.tasks.dicom import Decoder, write_axial_series
-from fl_client.tasks.errors import AlreadyThere, UnreadableExample
+from fl_client.tasks.errors import AlreadyThere
 from fl_client.tasks.folders import walk
 from fl_client.tasks.lungs import find_lungs
 from fl_client.tasks.scans import open_series
+from medhive.errors import InvalidInput
 
 CLASSES: Final = ("clear", "nodule")
 SHAPE: Final = (40, 80, 80)
@@ -52,14 +53,15 @@ def make_chests_from(scan: Path, folder: Path, per_class: int, seed: int = 42, *
 
     Raises:
         AlreadyThere: the folder exists and is not empty.
-        UnreadableExample: the scan cannot be read, or no lungs are found in it.
+        UnreadableExample: the scan cannot be read.
+        InvalidInput: no lungs are found in it.
     """
     with Decoder() as decoder:
         volume = open_series([path for path in walk(scan) if not path.name.startswith(".")]).read(decoder, COPY_MM)
     spacing = volume.grid.spacing_mm
     lungs = find_lungs(volume.values, spacing)
     if lungs is None:
-        raise UnreadableExample("no-lungs", "No lungs are found in the scan that balls shall be put into.")
+        raise InvalidInput(f"No lungs are found in the scan {scan}, which balls shall be put into; give another one.")
     inner_mm = distance_transform_edt(lungs, spacing)
 
     def draw(rng: np.random.Generator, *, nodule: bool) -> npt.NDArray[np.int16]:
