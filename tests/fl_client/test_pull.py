@@ -22,6 +22,7 @@ from pydicom.uid import RLELossless, generate_uid
 from fl_client.__main__ import program
 from fl_client.check import check_data
 from fl_client.tasks import LocalOptions
+from medhive.leftovers import temporary_beside
 from medhive.spec import StudyData
 from medhive.terminal import main as run_program
 
@@ -229,10 +230,12 @@ def test_a_pull_that_was_killed_goes_on_where_it_was(
     left = {uid: path.read_bytes() for uid, path in pulled(hospital).items()}
     assert left.items() <= scans.items()
     assert len(left) < 60
+    folder = hospital / "pulled" / "lung"
+    # The kill may have come between two files; half a file lies there in any case.
+    temporary_beside(next(folder.rglob("*.dcm"))).write_bytes(b"half")
     found = pull(*EVERYTHING)
     assert (found["code"], found["fetched"]) == (0, 60 - len(left))
     assert {uid: path.read_bytes() for uid, path in pulled(hospital).items()} == scans
-    folder = hospital / "pulled" / "lung"
     assert not [
         path for path in folder.rglob("*") if path.is_file() and path.suffix != ".dcm" and path.name != ".pull.lock"
     ]
