@@ -23,6 +23,7 @@ from fl_client.tasks.models import VOLUME_MODELS, build_volume_model, export_wei
 from fl_client.tasks.scans import open_series
 from fl_client.tasks.series import Grid, Volume
 from fl_client.tasks.volume_training import MAX_SHIFT, MAX_TURN, MAX_ZOOM, RANDOM_NUMBERS, augment, sampled
+from medhive.errors import InvalidInput
 from medhive.spec import StudyData
 
 STUDY = StudyData(classes=CLASSES, options={"size": 32, "spacing_mm": 8.0}, validation_share=0.3)
@@ -262,7 +263,7 @@ def test_balls_are_put_into_copies_of_a_scan(tmp_path: Path) -> None:
                 lungs = lungs_alone(open_series(sorted(scan_folder.iterdir())).read(decoder))
                 bright.setdefault(label, []).append(int((lungs.values > -200).sum()))
     assert max(bright["clear"]) < min(bright["nodule"])
-    with pytest.raises(UnreadableExample, match="No lungs"):
+    with pytest.raises(InvalidInput, match="No lungs"):
         make_chests_from(empty_scan(tmp_path / "empty"), tmp_path / "c", 1)
 
 
