@@ -107,12 +107,10 @@ def test_three_hospitals_train_and_use_a_model(compose: Compose) -> None:
 def test_the_images_were_real(compose: Compose) -> None:
     if REAL is None:
         pytest.skip("MEDHIVE_TEST_DATA names no folder with real data: the main job here ran on made images")
-    final = next(item for item in compose.admin_json("runs") if item["id"] == "RUN_1")
     known = {image.name for name in CLASSES for image in (REAL / name).iterdir()}
     held = run("docker", "exec", compose.hospitals[SITES[0]], "find", "/data", "-type", "f").split()
     assert len(held) == IMAGES_PER_CLASS * len(CLASSES)
     assert {Path(path).name for path in held} <= known
-    assert final["state"] == "completed"
 
 
 def check_tracking(compose: Compose, run_id: str) -> None:
