@@ -128,7 +128,8 @@ def grant(
     run.spec.options.privacy.require_supported()
     if not timedelta(0) < valid_for <= MAX_VALIDITY:
         raise InvalidInput("A consent must expire after it is issued, within a year.")
-    body = _body(site, run.id, run.spec, "granted", person, valid_for=valid_for, check=check)
+    rounds = run.spec.options.rounds
+    body = consent_body(site, run.id, run.spec, "granted", person, valid_for=valid_for, check=check, max_rounds=rounds)
     return _send(site, sign(body, site.consent_key), run.spec, "sending", given_by)
 
 
@@ -140,7 +141,7 @@ def decline(site: Site, run: RunAnswer, *, person: str, reason: str = "") -> Sen
         MedHiveError: the coordinator's refusal.
     """
     _require_open(site, run)
-    body = _body(site, run.id, run.spec, "declined", person, reason=reason)
+    body = consent_body(site, run.id, run.spec, "declined", person, reason=reason)
     return _send(site, sign(body, site.consent_key), run.spec, "declined", "person")
 
 
@@ -157,7 +158,7 @@ def withdraw(site: Site, run_id: str, *, person: str, reason: str = "") -> Sent:
         raise NotFound(f"This hospital has given no consent to {run_id}.", run_id=run_id)
     if given.state not in ("sending", "granted"):
         raise Conflict(f"The consent to {run_id} is {given.state} already.", run_id=run_id)
-    body = _body(site, run_id, given.spec, "withdrawn", person, reason=reason)
+    body = consent_body(site, run_id, given.spec, "withdrawn", person, reason=reason)
     signed = sign(body, site.consent_key)
     return _send(site, signed, given.spec, "withdrawn", "person")
 
@@ -300,17 +301,23 @@ def send_decision(site: Site, decision: Decision) -> bool:
         return _post(site, DECISION, path, decision.model_dump(mode="json"), at_once=held)
 
 
-def _body(
+def consent_body(
     site: Site,
     run_id: str,
-    spec: RunSpec,
+    spec: RunSpec | QueueSpec,
     decision: str,
     person: str,
     *,
     reason: str = "",
     valid_for: timedelta = DEFAULT_VALIDITY,
     check: DataCheck | None = None,
+    max_rounds: int = 0,
 ) -> ConsentBody:
+    """What this hospital signs about a run, or a queue: yes to so many rounds or contributions, no, or no longer.
+
+    Raises:
+        InvalidInput: no person is named.
+    """
     if not person.strip():
         raise InvalidInput("A consent needs the name of the person who gives it.")
     now = site.now()
@@ -324,7 +331,7 @@ def _body(
             "dataset_fingerprint": check.fingerprint if check else "",
             "skipped": check.skipped if check else {},
             "privacy_limits": spec.options.privacy,
-            "max_rounds": spec.options.rounds if decision == "granted" else 0,
+            "max_rounds": max_rounds,
             "issued_at": now,
             "expires_at": now + valid_for,
             "nonce": secrets.token_hex(16),

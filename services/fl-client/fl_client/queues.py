@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fl_client.consents import DEFAULT_VALIDITY, DataCheck
+from fl_client.consents import DEFAULT_VALIDITY, DataCheck, consent_body
 from fl_client.jobs import Job, JobKind, Plan
 from fl_client.site import Site
 from fl_client.store import KnownVersion
@@ -121,7 +121,7 @@ def grant_queue(
     queue.spec.options.require_supported()
     if not timedelta(0) < valid_for <= MAX_VALIDITY or not 1 <= contributions <= MAX_ROUNDS:
         raise InvalidInput(f"A consent must expire within a year, and cover 1 to {MAX_ROUNDS} contributions.")
-    return _state(site, queue, "granted", person, check=check, valid_for=valid_for, contributions=contributions)
+    return _state(site, queue, "granted", person, check=check, valid_for=valid_for, max_rounds=contributions)
 
 
 def decline_queue(site: Site, queue: QueueAnswer, *, person: str, reason: str = "") -> Consent:
@@ -144,7 +144,7 @@ def withdraw_queue(site: Site, queue_id: str, *, person: str, reason: str = "") 
         raise NotFound(f"This hospital has given no consent to {queue_id}.", queue=queue_id)
     site.store.set_fact(key, {**kept, "state": "withdrawn"})
     spec = QueueSpec.model_validate(kept["spec"])
-    body = _body(site, queue_id, spec, "withdrawn", person, reason=reason)
+    body = consent_body(site, queue_id, spec, "withdrawn", person, reason=reason)
     signed = sign(body, site.consent_key)
     path = f"/studies/{spec.study}/queue/consents"
     try:
@@ -164,7 +164,7 @@ def _key(study: str) -> str:
 
 
 def _state(site: Site, queue: QueueAnswer, decision: str, person: str, **more: Any) -> Consent:
-    signed = sign(_body(site, queue.id, queue.spec, decision, person, **more), site.consent_key)
+    signed = sign(consent_body(site, queue.id, queue.spec, decision, person, **more), site.consent_key)
     site.gateway.post(f"/studies/{queue.study}/queue/consents", signed)
     kept = {
         "queue_id": queue.id,
@@ -176,41 +176,6 @@ def _state(site: Site, queue: QueueAnswer, decision: str, person: str, **more: A
     site.store.set_fact("queue-studies", sorted({*_keys(site), _key(queue.study)}))
     site.store.set_fact(_key(queue.study), kept)
     return signed
-
-
-def _body(
-    site: Site,
-    queue_id: str,
-    spec: QueueSpec,
-    decision: str,
-    person: str,
-    *,
-    reason: str = "",
-    valid_for: timedelta = DEFAULT_VALIDITY,
-    check: DataCheck | None = None,
-    contributions: int = 0,
-) -> ConsentBody:
-    if not person.strip():
-        raise InvalidInput("A consent needs the name of the person who gives it.")
-    now = site.now()
-    return ConsentBody.model_validate(
-        {
-            "decision": decision,
-            "coordinator_key_id": site.identity.verify_key.key_id,
-            "site": site.name,
-            "run_id": queue_id,
-            "spec_hash": spec.spec_hash,
-            "dataset_fingerprint": check.fingerprint if check else "",
-            "skipped": check.skipped if check else {},
-            "privacy_limits": spec.options.privacy,
-            "max_rounds": contributions,
-            "issued_at": now,
-            "expires_at": now + valid_for,
-            "nonce": secrets.token_hex(16),
-            "person": person.strip(),
-            "reason": reason,
-        }
-    )
 
 
 def valid_queue_consent(site: Site, queue: QueueAnswer, now: datetime) -> ConsentBody:

@@ -10,6 +10,7 @@ pixels, with the names of the classes in batches.meta.txt.
 """
 
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def read_packed(data: Path, subset: Subset) -> Iterator[PackedImage]:
             yield from file.images(subset)
 
 
-class _Packed:
+class _Packed(ABC):
     """One file; a context, since an archive stays open while it is read."""
 
     def __init__(self, path: Path) -> None:
@@ -92,13 +93,13 @@ class _Packed:
         """The names of the classes by number; empty where there are none."""
         return ()
 
+    @abstractmethod
     def all_labels(self) -> Iterator[npt.NDArray[np.int64]]:
         """The numbers of the classes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def images(self, subset: Subset) -> Iterator[PackedImage]:
         """The images of one subset."""
-        raise NotImplementedError
 
     def _class(self, label: int) -> str:
         names = self.names()
