@@ -227,7 +227,7 @@ def test_the_default_values_name_no_secret() -> None:
     with helm.Chart.load(CHART) as chart:
         values = chart.values
     places = (values["coordinator"]["tls"], values["coordinator"]["database"], values["coordinator"]["admin"])
-    assert {place["existingSecret"] for place in (*places, values["site"]["joinToken"])} == {""}
+    assert {place["existingSecret"] for place in (*places, values["site"]["joinToken"], values["site"]["pacs"])} == {""}
 
 
 @pytest.mark.parametrize("case", ["coordinator", "both", "postgres", "own-tls"])
@@ -272,6 +272,19 @@ def test_a_gpu_is_a_limit_beside_the_others() -> None:
     assert pod["containers"][0]["resources"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": "2"}
     assert "runtimeClassName" not in pod_of(workloads("site")["site"])
     assert "nvidia.com/gpu" not in main_of(workloads("site")["site"])["resources"]["limits"]
+
+
+def test_the_pacs_login_is_a_file_of_the_named_secret() -> None:
+    for case, key in (("pacs", "password"), ("gpu", "token")):
+        site = workloads(case)["site"]
+        secret = volume_of(site, "pacs-login")["secret"]
+        assert (secret["secretName"], secret["items"]) == ("pacs-login", [{"key": key, "path": "login"}])
+        mounts = {mount["name"]: mount for mount in main_of(site)["volumeMounts"]}
+        assert mounts["pacs-login"]["readOnly"] is True
+        # A file that is mounted by its path alone would not follow a token that is renewed.
+        assert "subPath" not in mounts["pacs-login"]
+        assert "/pacs-login/login" in environment_of(site).values()
+    assert not [name for name in environment_of(workloads("site")["site"]) if name.startswith("PACS")]
 
 
 @pytest.mark.parametrize("case", ["site", "both", "gpu"])
@@ -331,6 +344,12 @@ def site(**settings: Any) -> dict[str, Any]:
     return {"coordinator": {"enabled": False}, "site": {**HOSPITAL, **settings}}
 
 
+def archive(**settings: Any) -> dict[str, Any]:
+    """Values of a hospital with a PACS, but for these of its settings."""
+    values = values_of("pacs")
+    return {**values, "site": {**values["site"], "pacs": {**values["site"]["pacs"], **settings}}}
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -356,6 +375,9 @@ def site(**settings: Any) -> dict[str, Any]:
         ({"site": {"gpu": {"count": 0}}}, "count"),
         ({"site": {"httpsProxy": {"url": "http://user:password@proxy:3128"}}}, "httpsProxy"),
         ({"site": {"egressPorts": []}}, "egressPorts"),
+        ({"site": {"pacs": {"url": "http://pacs.example/dicom-web"}}}, "url"),
+        ({"site": {"pacs": {"url": "https://medhive:secret@pacs.example/"}}}, "url"),
+        ({"site": {"pacs": {"password": "secret"}}}, "password"),
         ({"site": {"resources": {"limit": {"memory": "1Gi"}}}}, "limit"),
     ],
 )  # fmt: skip
@@ -382,6 +404,12 @@ def test_a_wrong_value_is_refused_by_its_name(wrong: dict[str, Any], named: str)
         (site(clientId=""), "site.clientId is required"),
         (site(), "Set one of site.data.existingClaim and site.data.hostPath"),
         (site(data={"existingClaim": "a", "hostPath": "/b"}), "Set one of"),
+        (archive(namespace=""), "Say where the PACS is"),
+        (archive(podLabels={}), "Say where the PACS is"),
+        (archive(tokenKey="token"), "not both"),
+        (archive(existingSecret=""), "goes with one of"),
+        (archive(passwordKey=""), "goes with one of"),
+        (archive(user=""), "go together"),
     ],
 )
 def test_what_is_missing_is_said_in_one_sentence(wrong: dict[str, Any], said: str) -> None:

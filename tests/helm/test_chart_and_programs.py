@@ -116,6 +116,23 @@ def test_the_hospitals_program_takes_the_values(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+@pytest.mark.parametrize("case", ["pacs", "gpu"])
+def test_the_pull_takes_the_values(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    site = workloads(case)["site"]
+    mounts = {mount["mountPath"] for mount in main_of(site)["volumeMounts"]}
+    for name, value in environment_of(site).items():
+        if name.startswith("PACS") and name.endswith("_FILE"):
+            assert str(Path(value or "").parent) in mounts
+        monkeypatch.setenv(name, value or "mh2.secret")
+    settings = site_settings.Settings()
+    assert settings.pacs_url.endswith("/dicom-web")
+    assert (
+        (settings.pacs_user != "")
+        == (settings.pacs_password_file is not None)
+        != (settings.pacs_token_file is not None)
+    )
+
+
 def test_the_ports_are_those_of_the_images() -> None:
     for part, workload in workloads("coordinator").items():
         exposed = re.findall(r"(?m)^EXPOSE (.+)$", DOCKERFILES[part].read_text("utf-8"))

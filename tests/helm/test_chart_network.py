@@ -115,6 +115,21 @@ def test_a_hospital_behind_a_proxy_speaks_to_that_alone() -> None:
     assert [port for port in (80, 443, 3128, 8443) if network.allows("egress", site, anywhere, port)] == [3128]
 
 
+PACS: Final = ("imaging", {"app": "orthanc"})
+
+
+def test_a_hospital_speaks_to_its_pacs_where_it_has_one() -> None:
+    network, site = Network("pacs"), workloads("pacs")["site"]["spec"]["template"]["metadata"]["labels"]
+    assert network.allows("egress", site, PACS, 8043)
+    assert not network.allows("egress", site, ("elsewhere", {"app": "orthanc"}), 8043)
+    assert not network.allows("ingress", site, PACS, 8043)
+    network, site = Network("gpu"), workloads("gpu")["site"]["spec"]["template"]["metadata"]["labels"]
+    assert network.allows("egress", site, ("", {"ipBlock": {"cidr": "203.0.113.40/32"}}), 8444)
+    assert not network.allows("egress", site, PACS, 8444)
+    network, site = Network("site"), workloads("site")["site"]["spec"]["template"]["metadata"]["labels"]
+    assert not network.allows("egress", site, PACS, 8043)
+
+
 @pytest.mark.parametrize("case", ["coordinator", "postgres"])
 def test_who_needs_names_may_ask_for_them(case: str) -> None:
     network = Network(case)

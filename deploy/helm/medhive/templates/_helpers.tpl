@@ -190,24 +190,23 @@ spec:
     - {protocol: TCP, port: 53}
 {{- end -}}
 
-{{/* PostgreSQL, wherever the values say that it is. */}}
-{{- define "medhive.databaseEgress" -}}
-{{- $database := .Values.coordinator.database -}}
+{{/* A server wherever the values say that it is: `.cidrs`, `.namespace` with `.podLabels`, `.port`. */}}
+{{- define "medhive.serverEgress" -}}
 - to:
-    {{- range $database.cidrs }}
+    {{- range .cidrs }}
     - ipBlock:
         cidr: {{ . | quote }}
     {{- end }}
-    {{- if $database.namespace }}
+    {{- if .namespace }}
     - namespaceSelector:
         matchLabels:
-          kubernetes.io/metadata.name: {{ $database.namespace | quote }}
+          kubernetes.io/metadata.name: {{ .namespace | quote }}
       podSelector:
         matchLabels:
-          {{- toYaml $database.podLabels | nindent 10 }}
+          {{- toYaml .podLabels | nindent 10 }}
     {{- end }}
   ports:
-    - {protocol: TCP, port: {{ $database.port }}}
+    - {protocol: TCP, port: {{ .port }}}
 {{- end -}}
 
 {{- /* The pods that may read figures, as a peer of a network policy; nothing where none are named. */}}
