@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import structlog
 
@@ -37,14 +37,10 @@ from medhive.wire import API, CoordinatorAnswer
 STEP_S = 1.0
 """How soon an approved run starts, a dead process is noticed, a new hospital's node is registered."""
 GATEWAY_POLL_S = 0.5
-AVERAGER_GRACE_S = 1.0
-"""For the averager to notice the end; what it was at is done again by the next life."""
+THREAD_GRACE_S = 0.5
+"""For a thread to notice the end; what it was at is done again by the next life."""
 
 log = structlog.get_logger()
-
-
-class _Stopped(BaseException):
-    """Raised out of a step that waits for another service when this one is told to end."""
 
 
 class Server:
@@ -54,27 +50,14 @@ class Server:
         self._settings = settings
         self._say = say
         self._stopped = threading.Event()
+        self._waited = threading.Event()
+        self._superexec_died = threading.Event()
         self._trouble = ""
-        self._waits = False
 
     def stop(self) -> None:
-        """End the service; called by the main thread's signal handler.
-
-        A step that waits for a gateway or a SuperLink which does not answer is left at once. Nothing is lost by that: a
-        step may be killed at any moment.
-        """
+        """End the service; called by the main thread's signal handler, and by a thread that failed."""
         self._stopped.set()
-        if self._waits:
-            self._waits = False
-            raise _Stopped
-
-    @contextmanager
-    def _left_at_once(self) -> Iterator[None]:
-        self._waits = True
-        try:
-            yield
-        finally:
-            self._waits = False
+        self._waited.set()
 
     def run(self) -> None:
         """Serve until `stop`.
@@ -89,22 +72,37 @@ class Server:
             log.info("server.tidied", leftovers=remove_leftovers(settings.state_dir))
             require_free_port(settings.fleet_port, f"{PREFIX}FLEET_PORT")
             self._introduce()
-            with suppress(_Stopped), self._left_at_once():
-                self._wait_for_gateway(gateway)
-            if self._stopped.is_set():
-                return
-            figures = Figures(settings.state_dir)
-            supervisor = Supervisor(_services(settings), Relay(observe=figures.observe), figures.started)
-            superlink = SuperLink(
-                address=settings.superlink_url, tls=ssl.create_default_context(cafile=str(settings.gateway_ca_file))
-            )
+            with self._beside("waiting", lambda: self._wait_for_gateway(gateway)):
+                self._waited.wait()
+            if not self._stopped.is_set():
+                self._serve(gateway)
+
+    @contextmanager
+    def _beside(self, name: str, work: Callable[[], None]) -> Iterator[None]:
+        """Do `work`, which ends when stopped, on a thread of its own; what it fails of ends the service.
+
+        Whatever talks to another service runs like this, and the main thread talks to none: a name that no resolver answers
+        for, or a partner that is gone, holds up a call for longer than the service may take to end, and no signal
+        interrupts the C library's resolver. Work that does not end in time is left: it may be killed at any moment.
+        """
+        failed: list[BaseException] = []
+
+        def guarded() -> None:
             try:
-                with suppress(_Stopped):
-                    self._serve(gateway, superlink, supervisor, figures)
-            finally:
-                supervisor.stop()
-                superlink.close()
-                log.info("server.stopped")
+                work()
+            except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+                if not self._stopped.is_set():
+                    failed.append(error)
+                self.stop()
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join(THREAD_GRACE_S)
+        if failed:
+            raise failed[0]
 
     def _introduce(self) -> None:
         settings = self._settings
@@ -120,6 +118,7 @@ class Server:
         while not self._stopped.is_set():
             try:
                 coordinator = CoordinatorAnswer.model_validate(gateway.get(f"{API}/coordinator"))
+                studies = gateway.get(f"{API}/studies")
             except Unreachable:
                 if not told:
                     self._say(f"waiting for the gateway at {self._settings.gateway_url}")
@@ -127,18 +126,59 @@ class Server:
                 self._stopped.wait(GATEWAY_POLL_S)
                 continue
             self._say(f"coordinator {coordinator.name}, key {coordinator.key_id}")
-            self._say_versions(gateway)
+            for study in studies:
+                version = study.get("newest_version")
+                self._say(f"study {study['name']}, newest version {'none yet' if version is None else version}")
+            self._waited.set()
             return
 
-    def _say_versions(self, gateway: GatewayClient) -> None:
-        for study in gateway.get(f"{API}/studies"):
-            version = study.get("newest_version")
-            self._say(f"study {study['name']}, newest version {'none yet' if version is None else version}")
-
-    def _serve(self, gateway: GatewayClient, superlink: SuperLink, supervisor: Supervisor, figures: Figures) -> None:
+    def _serve(self, gateway: GatewayClient) -> None:
+        """Look after the services, beside the threads that dispatch runs and average queues."""
         settings = self._settings
-        nodes = NodeRegistry(gateway, superlink)
-        dispatcher = Dispatcher(
+        figures = Figures(settings.state_dir)
+        supervisor = Supervisor(_services(settings), Relay(observe=figures.observe), figures.started)
+        superlink = SuperLink(
+            address=settings.superlink_url, tls=ssl.create_default_context(cafile=str(settings.gateway_ca_file))
+        )
+        nodes, dispatcher = NodeRegistry(gateway, superlink), self._dispatcher(gateway, superlink)
+        figures.registry.register(Leases(dispatcher.lease_ages))
+        try:
+            with (
+                _metrics(settings, figures),
+                settings.gateway() as averagers,
+                self._beside("runs", lambda: self._dispatch(nodes, dispatcher)),
+                self._beside("averager", self._averager(averagers).serve),
+            ):
+                self._supervise(supervisor)
+        finally:
+            supervisor.stop()
+            superlink.close()
+            log.info("server.stopped")
+
+    def _supervise(self, supervisor: Supervisor) -> None:
+        """Keep the services running until stopped, or until one of them cannot run."""
+        try:
+            while not self._stopped.is_set():
+                if "superexec" in supervisor.look():
+                    self._superexec_died.set()
+                self._stopped.wait(STEP_S)
+        finally:
+            self.stop()
+
+    def _dispatch(self, nodes: NodeRegistry, dispatcher: Dispatcher) -> None:
+        """Pass after pass until stopped."""
+        pending = [dispatcher.stop_stale, lambda: self._say("ready")]
+        while not self._stopped.is_set():
+            if self._superexec_died.is_set():
+                self._superexec_died.clear()
+                pending.append(dispatcher.restart_all)
+            # In this order: a run must find the nodes of its sites registered.
+            self._try_all([*pending, nodes.sync, dispatcher.step], pending)
+            self._stopped.wait(STEP_S)
+
+    def _dispatcher(self, gateway: GatewayClient, superlink: SuperLink) -> Dispatcher:
+        settings = self._settings
+        return Dispatcher(
             gateway=gateway,
             superlink=superlink,
             holder=settings.holder(),
@@ -147,37 +187,18 @@ class Server:
             max_runs=settings.max_runs,
             monotonic=time.monotonic,
         )
-        figures.registry.register(Leases(dispatcher.lease_ages))
-        pending = [dispatcher.stop_stale, lambda: self._say("ready")]
-        with _metrics(settings, figures), self._averaging():
-            while not self._stopped.is_set():
-                if "superexec" in supervisor.look():
-                    pending.append(dispatcher.restart_all)
-                # In this order: a run must find the nodes of its sites registered.
-                with self._left_at_once():
-                    self._try_all([*pending, nodes.sync, dispatcher.step], pending)
-                self._stopped.wait(STEP_S)
 
-    @contextmanager
-    def _averaging(self) -> Iterator[None]:
-        """Average what waits in queues on a thread of its own, whose transfers and sums hold up no run."""
+    def _averager(self, gateway: GatewayClient) -> Averager:
+        """Averages what waits in queues; its transfers and sums hold up no run."""
         settings = self._settings
-        with settings.gateway() as gateway:
-            averager = Averager(
-                gateway=gateway,
-                holder=settings.holder(),
-                coordinator_key_id=settings.coordinator_key().public.key_id,
-                folder=settings.state_dir / "queue",
-                say=self._say,
-                stopped=self._stopped,
-            )
-            thread = threading.Thread(target=averager.serve, name="averager", daemon=True)
-            thread.start()
-            try:
-                yield
-            finally:
-                self._stopped.set()
-                thread.join(AVERAGER_GRACE_S)
+        return Averager(
+            gateway=gateway,
+            holder=settings.holder(),
+            coordinator_key_id=settings.coordinator_key().public.key_id,
+            folder=settings.state_dir / "queue",
+            say=self._say,
+            stopped=self._stopped,
+        )
 
     def _try_all(self, steps: Sequence[Callable[[], None]], pending: list[Callable[[], None]]) -> None:
         """Do the steps in order; what is pending stays so until it was done once. An outage ends the pass."""
