@@ -1,10 +1,15 @@
-"""Gateway and MLflow on PostgreSQL in containers, and their backup: one stack, one hospital."""
+"""Gateway and MLflow on PostgreSQL in containers, behind a certificate of the coordinator's own; and their backup.
 
+One stack, one hospital.
+"""
+
+import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from compose import BUILD_DEADLINE_S, DEADLINE_S, Compose, run
+from compose import BUILD_DEADLINE_S, DEADLINE_S, HOST, Compose, OwnTls, run
 from stack import wait_until
 
 from fl_client.tasks.phantoms import CLASSES, make_phantoms
@@ -20,7 +25,7 @@ FILES = ("docker-compose.yml", "deploy/compose.postgres.yaml")
 def compose(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
     """The coordinator on PostgreSQL, with a hospital that has joined."""
     folder = tmp_path_factory.mktemp("postgres")
-    with Compose(folder, FILES) as compose:
+    with Compose(folder, FILES, OwnTls(folder)) as compose:
         compose.command("build", "--quiet", deadline_s=BUILD_DEADLINE_S)
         file = "services/fl-client/Dockerfile"
         run("docker", "build", "-q", "-t", "fl-client", "-f", file, ".", deadline_s=BUILD_DEADLINE_S)
@@ -77,6 +82,19 @@ def test_a_runs_bookkeeping_lies_in_postgresql(compose: Compose) -> None:
     wait_until(lambda: tracked(compose, run_id), f"{run_id} in MLflow's tables", DEADLINE_S)
     files = compose.command("exec", "--no-TTY", "gateway", "ls", "/state").split()
     assert "gateway.db" not in files
+
+
+def test_the_door_shows_the_coordinators_own_certificate(compose: Compose) -> None:
+    """The hospital joined through it and trained; the key is with the proxy alone."""
+    assert compose.own_tls
+    trusting = ssl.create_default_context(cafile=str(compose.own_tls.ca_file))
+    with (
+        socket.create_connection(("127.0.0.1", compose.port), timeout=30) as plain,
+        trusting.wrap_socket(plain, server_hostname=HOST) as tls,
+    ):
+        assert tls.version() in {"TLSv1.2", "TLSv1.3"}
+    seen = compose.command("exec", "--no-TTY", "gateway", "find", "/own-certs", "-type", "f").split()
+    assert seen == ["/own-certs/tls.crt"]
 
 
 def test_each_service_has_its_own_login_over_tls_alone(compose: Compose) -> None:

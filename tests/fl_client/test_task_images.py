@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.transforms import Compose, Resize, ResizeWithPadOrCrop, ToNumpy
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -75,9 +76,12 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 def test_importing_the_tasks_loads_nothing_heavy() -> None:
-    code = "import fl_client.tasks, fl_client.check, sys; print({'torch', 'monai', 'sklearn'} & set(sys.modules))"
+    code = (
+        "import fl_client.tasks, fl_client.check, sys; print({'torch', 'monai', 'sklearn'} & set(sys.modules)); "
+        "import fl_client.tasks.image_training; print('monai' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.strip() == "set()"
+    assert done.stdout.splitlines() == ["set()", "False"]
 
 
 def test_tasks_are_found_by_name() -> None:
@@ -298,6 +302,19 @@ def test_resizing_keeps_the_shape_of_things() -> None:
     assert (small[0, :7] == 0).all()
     assert (small[0, 9:23] == 200).all()
     assert resize(np.full((3, 5, 4), 9, dtype=np.uint8)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(50, 100, 32), (233, 180, 64), (17, 9, 48), (40, 41, 41)])
+def test_resizing_gives_the_bits_of_monai(height: int, width: int, size: int) -> None:
+    image = np.random.default_rng(height).integers(0, 256, (3, height, width), dtype=np.uint8)
+    mode = "area" if max(height, width) >= size else "bilinear"
+    theirs = Compose([Resize(size, size_mode="longest", mode=mode), ResizeWithPadOrCrop((size, size)), ToNumpy()])
+    expected = np.clip(np.rint(theirs(image.astype(np.float32))), 0, 255)
+    assert np.array_equal(Resizer(size)(image), expected)
+
+
+def test_an_image_thinner_than_a_pixel_keeps_one() -> None:
+    assert Resizer(32)(np.full((1, 2, 500), 200, dtype=np.uint8)).any(axis=2).sum() == 1
 
 
 def test_augmentation_draws_from_its_own_generator_alone() -> None:

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import secrets
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
+from public_address import PublicCa
 from stack import free_port, wait_until
 
 ROOT: Final = Path(__file__).parents[2]
@@ -17,6 +19,7 @@ BUILD_DEADLINE_S: Final = 2400.0
 DEADLINE_S: Final = 300.0
 # The engine gives this name the address of its own host: hospitals come in through the published port, as from outside.
 HOST: Final = "host.docker.internal"
+IN_CONTAINERS: Final = 10001  # the images' own user
 HARDENED: Final = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")  # noqa: S108
 
 
@@ -35,12 +38,36 @@ def run(*words: str, env: Mapping[str, str] | None = None, check: bool = True, d
     return done.stdout
 
 
+class OwnTls:
+    """A certificate for `HOST` of a CA made for the test: certs/ and private/ in `folder`, as users lay them out."""
+
+    def __init__(self, folder: Path) -> None:
+        ca = PublicCa(folder / "ca", name=HOST)
+        self.folder = folder / "tls"
+        for file, place in ((ca.certificate, "certs/tls.crt"), (ca.key, "private/tls.key")):
+            (self.folder / place).parent.mkdir(parents=True)
+            shutil.copy(file, self.folder / place)
+            os.chown(self.folder / place, IN_CONTAINERS, IN_CONTAINERS)
+        ca.file.chmod(0o644)
+        self.ca_file = ca.file
+
+    @property
+    def trusted(self) -> tuple[str, ...]:
+        """How a hospital's container is told to trust it."""
+        return ("--volume", f"{self.ca_file}:/ca.crt:ro", "--env", "EXTRA_CA_FILE=/ca.crt")
+
+
 @dataclass
 class Compose:
-    """One project; `down` removes all of it."""
+    """One project; `down` removes all of it.
+
+    Args:
+        own_tls: a certificate of the coordinator's own, as `TLS_DIR`, which hospitals trust by `EXTRA_CA_FILE`.
+    """
 
     folder: Path
     files: tuple[str, ...] = ("docker-compose.yml",)
+    own_tls: "OwnTls | None" = None
     name: str = field(default_factory=lambda: f"medhive-test-{secrets.token_hex(4)}")
     port: int = field(default_factory=free_port)
     mlflow_port: int = field(default_factory=free_port)
@@ -69,7 +96,8 @@ class Compose:
     def environment(self) -> dict[str, str]:
         """What makes every `docker compose`, and `make`, mean this project."""
         named = {"COMPOSE_PROJECT_NAME": self.name, "COMPOSE_FILE": os.pathsep.join(self.files)}
-        return {**named, "PUBLIC_NAME": HOST, "PORT": str(self.port), "MLFLOW_PORT": str(self.mlflow_port)}
+        own = {"TLS_DIR": str(self.own_tls.folder)} if self.own_tls else {}
+        return {**named, **own, "PUBLIC_NAME": HOST, "PORT": str(self.port), "MLFLOW_PORT": str(self.mlflow_port)}
 
     def make(self, *words: str, check: bool = True) -> str:
         """`make ...`; returns all that it printed."""
@@ -130,9 +158,10 @@ class Compose:
     def start_hospital(self, site: str, data: Path, more: tuple[str, ...] = ()) -> None:
         """`docker run fl-client` on a hospital's volume."""
         name = self.hospitals[site]
+        trusts = self.own_tls.trusted if self.own_tls else ()
         run(
             "docker", "run", "--detach", "--name", name, "--add-host", f"{HOST}:host-gateway", *HARDENED,
-            "--env", f"SERVER_ADDRESS={self.url}", "--env", f"CLIENT_ID={site}", *more,
+            "--env", f"SERVER_ADDRESS={self.url}", "--env", f"CLIENT_ID={site}", *trusts, *more,
             "--volume", f"{data}:/data:ro", "--volume", f"{name}-state:/state", "fl-client",
         )  # fmt: skip
 

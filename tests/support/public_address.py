@@ -21,16 +21,16 @@ Hand = Callable[[bool, bytes], bytes | None]
 
 
 class PublicCa:
-    """A CA of its own, and a certificate for localhost in `<folder>/public.crt` with its key."""
+    """A CA of its own, and a certificate for a name in `<folder>/public.crt` with its key."""
 
-    def __init__(self, folder: Path, days: float = 90) -> None:
+    def __init__(self, folder: Path, days: float = 90, name: str = "localhost") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.file = folder / "ca.crt"
         self.authority = Authority.open(folder, "somebody else")
         now = datetime.datetime.now(datetime.UTC)
         validity = datetime.timedelta(days=days)
-        self.authority.ensure_leaf(folder, "public", ("localhost",), now, validity)
+        self.authority.ensure_leaf(folder, "public", (name,), now, validity)
 
     @property
     def certificate(self) -> Path:
