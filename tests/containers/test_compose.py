@@ -280,14 +280,20 @@ def test_a_killed_hospital_goes_on_as_the_same_site(compose: Compose) -> None:
 
 
 def test_a_partitioned_hospital_comes_back(compose: Compose) -> None:
+    """Its round waits for it, and its work counts."""
     site = SITES[2]
     run_id = agree(compose, rounds=3)
     compose.wait_for_log(site, f"{run_id} round 1/3 done")
     run("docker", "network", "disconnect", "bridge", compose.hospitals[site])
-    compose.wait_for_log(SITES[0], f"{run_id} round 2/3 done")
-    run("docker", "network", "connect", "bridge", compose.hospitals[site])
+    try:
+        compose.wait_for_log(site, "the gateway does not answer")
+        compose.wait_for_log(site, "the fleet does not answer")
+    finally:
+        run("docker", "network", "connect", "bridge", compose.hospitals[site])
     done = compose.ended(run_id)
     assert (done["state"], done["reason"]) == ("completed", "")
+    assert all(not item["dropped"] for entry in done["rounds_done"] for item in entry["sites"])
+    assert "connected to the fleet again after" in compose.logs(site)
 
 
 def test_a_second_up_after_down_keeps_everything(compose: Compose) -> None:

@@ -151,19 +151,19 @@ class Server:
             ):
                 self._supervise(supervisor)
         finally:
-            supervisor.stop()
             superlink.close()
             log.info("server.stopped")
 
     def _supervise(self, supervisor: Supervisor) -> None:
-        """Keep the services running until stopped, or until one of them cannot run."""
+        """Keep the services running until stopped, or until one of them cannot run; then end them."""
         try:
             while not self._stopped.is_set():
                 if "superexec" in supervisor.look():
                     self._superexec_died.set()
                 self._stopped.wait(STEP_S)
         finally:
-            self.stop()
+            self.stop()  # the threads as well, which have the time that the services take
+            supervisor.stop()
 
     def _dispatch(self, nodes: NodeRegistry, dispatcher: Dispatcher) -> None:
         """Pass after pass until stopped."""

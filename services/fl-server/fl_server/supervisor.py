@@ -27,7 +27,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 """Before a process that died is started again; doubled with every early death."""
 LONG_LIFE_S = 60.0
 """Whoever lived this long is started again at once."""
-GRACE_S = 2.5
+GRACE_S = 1.5
 """From SIGTERM to SIGKILL of the last. Each of them may be killed at any moment without harm, and the whole service ends
 within five seconds, whatever step it was in."""
 MAX_LINE = 8192
