@@ -146,6 +146,8 @@ class Stack:
     folder: Path
     mlflow: bool = True
     extra_env: Mapping[str, str] = field(default_factory=dict)
+    # For hospitals alone, such as the path of a task that only they have installed.
+    hospitals_env: Mapping[str, str] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
     show: Callable[[str], None] = lambda _line: None
@@ -254,6 +256,7 @@ class Stack:
             "CLIENT_ID": site,
             "STATE_DIR": str(home / "state"),
             "DATA_DIR": str(home / "data"),
+            **self.hospitals_env,
         }
 
     # ---- services

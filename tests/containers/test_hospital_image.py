@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import own_task
 import pytest
 from stack import Stack, wait_until
 
@@ -154,6 +155,28 @@ def test_it_checks_data_before_joining_and_without_a_state(image: str, scans: Pa
     assert found["path"] == "/data"
     assert set(found["classes"]) == set(CLASSES)
     assert found["examples"] == 10 * len(CLASSES)
+
+
+@pytest.fixture
+def own_image(image: str, tmp_path: Path) -> Iterator[str]:
+    """The image with the documented task of one's own, built of its Dockerfile."""
+    name = f"{image}-survival"
+    docker("build", "-q", "-t", name, str(own_task.image_context(tmp_path)), deadline_s=BUILD_DEADLINE_S)
+    yield name
+    docker("rmi", "--force", name)
+
+
+def test_a_task_of_ones_own_is_a_layer_on_top(image: str, own_image: str, tmp_path: Path) -> None:
+    own_task.write_patients(tmp_path / "tables" / "patients.csv", seed=0)
+    (tmp_path / "tables").chmod(0o755)
+    mounts = ("-v", f"{tmp_path}/tables:/data:ro", "-v", f"{own_task.SOURCE}/study.json:/study.json:ro")
+    check = ("check-data", "--study-file", "/study.json", "--json")
+    found = json.loads(once(own_image, *mounts, command=check).stdout)
+    assert found["examples"] == sum(found["classes"].values()) == 400
+    assert found["reasons"] == {"not-a-number": 1}
+    missing = once(image, *mounts, command=check, check=False)
+    assert (missing.returncode, "No task 'survival' is installed here" in missing.stderr) == (1, True)
+    assert json.loads(docker("image", "inspect", own_image).stdout)[0]["Config"]["User"] == f"{USER}:{USER}"
 
 
 def test_a_wrong_command_line_says_what_is_wrong(image: str) -> None:

@@ -1,8 +1,8 @@
 """Everything at once, as in the real thing: coordinator, MLflow and four hospitals, each its own process over TLS.
 
-One of these serves all tests of the whole path, since its start costs more than any of them. Images and tables are made
-here and small; the images are named as careless exports name them, after a patient, so that a test can look for the names
-where they must not be.
+One of these serves all tests of the whole path, since its start costs more than any of them. The hospitals have a task of
+their own installed (docs/own-task.md), the coordinator has not. Images and tables are made here and small; the images are
+named as careless exports name them, after a patient, so that a test can look for the names where they must not be.
 """
 
 import csv
@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import httpx
 import numpy as np
+import own_task
 from site_data import fix_split
 from stack import Stack, wait_until
 
@@ -61,7 +62,7 @@ class WholeWorld:
     @classmethod
     def start(cls, folder: Path) -> "WholeWorld":
         """Start everything; end it with `stop`."""
-        world = cls(Stack(folder))
+        world = cls(Stack(folder, hospitals_env={"PYTHONPATH": str(own_task.install(folder.parent / "own-task"))}))
         try:
             world.password = world.stack.start() or ""
             world.stack.login(world.password)

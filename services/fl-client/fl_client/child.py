@@ -45,7 +45,7 @@ from fl_client.jobs import (
     Start,
     Started,
 )
-from fl_client.local_round import evaluated, local_round, validated
+from fl_client.local_round import evaluated, finite, local_round, validated
 from fl_client.tasks import (
     EpochProgress,
     Judged,
@@ -257,7 +257,7 @@ class Trainer:
             judged[name] = yield from workspace.judge(read_weights(file), job.part)
         evaluations = {}
         for name, item in judged.items():
-            evaluations[name] = evaluated(workspace, item).to_json()
+            evaluations[name] = {**evaluated(workspace, item).to_json(), "own": finite(item.metrics)}
             yield None
         first, *others = judged
         comparisons = {}

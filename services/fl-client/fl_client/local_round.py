@@ -5,7 +5,7 @@ run exactly this, so that a study that was tried out is the study that is deploy
 """
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,13 +89,18 @@ def validated(workspace: Workspace, weights: Weights) -> Generator[None, None, V
     except NotEnoughExamples:
         return Validated()
     evaluation = evaluated(workspace, judged)
-    own = {f"val_{name}": value for name, value in judged.metrics.items() if math.isfinite(value)}
+    own = {f"val_{name}": value for name, value in finite(judged.metrics).items()}
     yield None
     return Validated(
         {**validation_metrics(evaluation), **own},
         [list(row) for row in evaluation.confusion],
         evaluation.examples,
     )
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A task's own figures without those that the data do not allow, such as the mean over no pair."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def evaluated(workspace: Workspace, judged: Judged) -> "Evaluation":

@@ -392,6 +392,7 @@ def heldout_metrics(judgement: dict[str, Any] | None) -> dict[str, float]:
         found[f"{prefix}_macro_f1"] = evaluation["macro_f1"]["value"]
         found[f"{prefix}_loss"] = evaluation["loss"]
         found[f"{prefix}_examples"] = float(evaluation["examples"])
+        found |= {f"{prefix}_{figure}": value for figure, value in evaluation.get("own", {}).items()}
     return found
 
 

@@ -161,6 +161,9 @@ def show_judgement(terminal: Terminal, judgement: Mapping[str, Any]) -> None:
         ["calibration error", *(share(evaluations[name]["ece"]) for name in names)],
         ["Brier score", *(share(evaluations[name]["brier"]) for name in names)],
     ]
+    # The task's own figures; a judgement that an older version kept has none.
+    for figure in sorted({figure for name in names for figure in evaluations[name].get("own", {})}):
+        rows.append([figure, *(share(evaluations[name].get("own", {}).get(figure)) for name in names)])
     for label in evaluations[names[0]]["classes"]:
         for measure, title in (("sensitivity", "sensitivity"), ("specificity", "specificity"), ("auc", "AUC")):
             cells = (_estimate(evaluations[name]["per_class"][label][measure]) for name in names)
