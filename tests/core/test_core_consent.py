@@ -27,7 +27,13 @@ def body(**changes: object) -> ConsentBody:
 
 
 def check(statement: ConsentBody, *, now: datetime = NOW, rounds: int = 3, key: SigningKey = KEY) -> ConsentBody:
-    return check_consent(sign(statement, key), KEY.public, rounds=rounds, now=now, **RUN)
+    expected = {name: value for name, value in RUN.items() if name != "coordinator_key_id"}
+    ids = (RUN["coordinator_key_id"], "f" * 16)
+    return check_consent(sign(statement, key), KEY.public, rounds=rounds, now=now, coordinator_key_ids=ids, **expected)
+
+
+def test_a_consent_to_a_former_key_of_the_coordinator_holds() -> None:
+    assert check(body(coordinator_key_id="f" * 16)).coordinator_key_id == "f" * 16
 
 
 def test_a_fitting_consent_is_returned() -> None:

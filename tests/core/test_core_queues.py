@@ -97,7 +97,7 @@ def consent_of(queue: QueueSpec, **changes: object) -> ConsentBody:
 
 
 def test_a_consent_covers_its_own_queue_alone() -> None:
-    known = {"site": "a", "queue_id": "QUEUE_1", "spec": spec(), "coordinator_key_id": "0" * 16, "now": NOW}
+    known = {"site": "a", "queue_id": "QUEUE_1", "spec": spec(), "coordinator_key_ids": ("0" * 16,), "now": NOW}
     assert check_queue_consent(sign(consent_of(spec()), KEY), KEY.public, **known).person == "Dr. A"
     for other in (spec(lr=0.5), spec(max_staleness=3)):
         with pytest.raises(BadSignature, match="spec_hash"):

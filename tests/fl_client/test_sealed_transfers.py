@@ -1,10 +1,11 @@
 """Weights through a tunnel that ends TLS: a man in the middle who sees everything reads none and changes none.
 
-The gateway is a real one that knows its address as a tunnel; the hospital's side is its own connection to the gateway;
+The gateway is a real one that knows that address as a tunnel; the hospital's side is its own connection to the gateway;
 between them stands the test's own TLS, which hands every byte to the test.
 """
 
 import contextlib
+import json
 import re
 import secrets
 import threading
@@ -13,25 +14,19 @@ from pathlib import Path
 
 import httpx
 import pytest
-from gateway_world import GatewayProcess, Hospital, World, running_gateway
+from gateway_world import GatewayProcess, Hospital, World, running_gateway, until
 from public_address import PublicCa, public_address
 
 from fl_client.gateway import Gateway
-from fl_client.identity import Keys, connect, join
+from fl_client.identity import Keys, connect, discover, join
 from fl_client.store import Store
-from medhive.client import GatewayClient
+from medhive.client import GatewayClient, introduce
 from medhive.errors import BadSignature, SealBroken, SealedOnly
 from medhive.sealing import CHUNK_BYTES, REQUEST_HEADER, SEAL_HEADER, SiteSealing
 from medhive.signing import SigningKey
 from medhive.version import PROTOCOL, PROTOCOL_HEADER
 from medhive.wire import API, AddressTrust, RunAnswer
 
-# The same program, told that somebody else ends TLS at its address.
-IN_A_TUNNEL = (
-    "-c",
-    "import sys; from api_gateway.work import Gateway; from medhive.wire import AddressTrust; "
-    "Gateway.address_trust = AddressTrust.TUNNEL; from api_gateway.__main__ import main; sys.exit(main())",
-)
 PART = 8 * 1024  # of what is sent to be refused: little enough to be read before the answer
 WEIGHTS = 1_200_000  # float32 values: several chunks, and more than one part
 
@@ -79,6 +74,14 @@ def after(
         return piece
 
     return act
+
+
+@contextlib.contextmanager
+def tunnel_known(file: Path, address: str) -> Iterator[None]:
+    """The gateway knows, from what the tunnel's service writes, that this address is a tunnel that ends TLS."""
+    file.write_text(json.dumps({"address": address, "ends_tls": True}))
+    until(lambda: introduce(address).introduction.body.address_trust is AddressTrust.TUNNEL, "the tunnel is known")
+    yield
 
 
 def flipped(piece: bytes) -> bytes:
@@ -150,8 +153,9 @@ def module_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder, middle = tmp_path_factory.mktemp("tunnel"), Middle()
     ca = PublicCa(folder / "public-ca")
     with (
-        running_gateway(folder / "state", program=IN_A_TUNNEL) as gateway,
+        running_gateway(folder / "state", tunnel_file=str(folder / "tunnel.json")) as gateway,
         public_address(ca, gateway.port, gateway.trust.context(), middle) as address,
+        tunnel_known(folder / "tunnel.json", address),
         contextlib.closing(Scene(gateway, folder, ca, address, middle)) as scene,
     ):
         yield scene
@@ -162,6 +166,25 @@ def scene(module_scene: Scene) -> Iterator[Scene]:
     module_scene.middle.forget()
     yield module_scene
     module_scene.middle.forget()
+
+
+def test_who_comes_by_the_coordinators_own_address_is_told_of_no_tunnel(scene: Scene) -> None:
+    direct = scene.world.gateway.url
+    assert discover((direct,), scene.identity.verify_key).address_trust is AddressTrust.PINNED
+    assert discover((scene.address,), scene.identity.verify_key).address_trust is AddressTrust.TUNNEL
+    content, digest = scene.given()
+    target = scene.folder / "directly"
+    with GatewayClient(direct, scene.world.gateway.trust, scene.bearer) as client:
+        client.download(scene.path(digest), target, digest, max_bytes=10**8)
+    assert target.read_bytes() == content
+
+
+def test_a_tunnel_that_claims_to_be_the_coordinators_own_address_is_found_out(scene: Scene) -> None:
+    """It writes another Host into every request; the nonce says where the hospital asked."""
+    told, claimed = (each.removeprefix("https://").encode() for each in (scene.address, scene.world.gateway.url))
+    scene.middle.act = lambda up, piece: piece.replace(told, claimed) if up else piece
+    assert introduce(scene.address).introduction.body.address_trust is AddressTrust.PINNED
+    assert discover((scene.address,), scene.identity.verify_key).address_trust is AddressTrust.TUNNEL
 
 
 def test_the_middle_reads_no_weights_and_both_ways_arrive_whole(scene: Scene) -> None:

@@ -153,7 +153,7 @@ def test_unknown_runs_and_an_absent_superlink_are_told_apart(flower_stack: Flowe
         flower_stack.control.run(1)
     with pytest.raises(FlowerRunNotFound):
         flower_stack.control.stop_run(1)
-    absent = SuperLink(address="https://127.0.0.1:9", tls=flower_stack.tls)
+    absent = SuperLink(address="https://127.0.0.1:9", ca=flower_stack.ca)
     with pytest.raises(SuperLinkUnreachable):
         absent.nodes()
     assert not absent.is_ready()

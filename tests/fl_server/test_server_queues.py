@@ -42,7 +42,7 @@ class Averaging:
         self.averager = Averager(
             gateway=world.server,
             holder="test",
-            coordinator_key_id=world.coordinator.key_id,
+            coordinator_key_ids=lambda: (world.coordinator.key_id,),
             folder=folder,
             say=self.said.append,
             stopped=self.stopped,

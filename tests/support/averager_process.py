@@ -14,7 +14,7 @@ gateway = GatewayClient(address, Trust(extra_ca_file=Path(ca_file)), token)
 Averager(
     gateway=gateway,
     holder="averager",
-    coordinator_key_id=key_id,
+    coordinator_key_ids=lambda: (key_id,),
     folder=Path(folder),
     say=lambda line: print(line, flush=True),
     stopped=threading.Event(),

@@ -66,7 +66,7 @@ class FlowerStack:
         self.secret_file = self.folder / "superexec.secret"
         self.secret_file.write_bytes(secrets.token_bytes(32))
         self.tls = ssl.create_default_context(cafile=str(self.ca))
-        self.control = SuperLink(address=self.address, tls=self.tls)
+        self.control = SuperLink(address=self.address, ca=self.ca)
 
     @property
     def address(self) -> str:

@@ -116,7 +116,6 @@ class GatewayProcess:
     process: "subprocess.Popen[str] | None" = None
     password: str | None = None
     output: list[str] = field(default_factory=list)
-    program: tuple[str, ...] = ("-m", "api_gateway")
 
     def start(self) -> "GatewayProcess":
         """Start, and wait until it answers."""
@@ -130,7 +129,7 @@ class GatewayProcess:
         log = self.state_dir.with_suffix(".log").open("a")
         with log:
             self.process = subprocess.Popen(
-                [sys.executable, *self.program, "serve"],
+                [sys.executable, "-m", "api_gateway", "serve"],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -214,12 +213,10 @@ class GatewayProcess:
 
 
 @contextmanager
-def running_gateway(
-    state_dir: Path, program: tuple[str, ...] = GatewayProcess.program, **settings: str
-) -> Iterator[GatewayProcess]:
+def running_gateway(state_dir: Path, **settings: str) -> Iterator[GatewayProcess]:
     """A gateway that is gone afterwards. `settings` are names without their prefix, in small letters."""
     environment = {f"MEDHIVE_GATEWAY_{name.upper()}": value for name, value in settings.items()}
-    gateway = GatewayProcess(state_dir, environment, program=program)
+    gateway = GatewayProcess(state_dir, environment)
     try:
         yield gateway.start()
     finally:

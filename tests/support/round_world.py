@@ -23,7 +23,7 @@ from medhive.consent import Consent, ConsentBody
 from medhive.envelope import Contribution, ContributionBody, Task, TaskBody, TaskType, from_bytes, to_bytes
 from medhive.errors import Conflict, NotFound, Unreachable
 from medhive.packing import read_weights, sha256_file, write_weights
-from medhive.signing import SigningKey, sign
+from medhive.signing import SigningKey, VerifyKey, sign
 from medhive.spec import RunOptions, RunSpec, StudyData
 from medhive.states import Activity, ConsentState, RoundState, RunState
 from medhive.version import PROTOCOL
@@ -260,6 +260,9 @@ class DictDesk:
     def start(self) -> RunAnswer:
         self.change(state=RunState.RUNNING)
         return self.run
+
+    def key_ids(self, present: VerifyKey) -> tuple[str, ...]:
+        return (present.key_id,)
 
     def nodes(self) -> Mapping[str, int]:
         return {item.name: item.node_id for item in self.hospitals if item.name not in self.revoked}

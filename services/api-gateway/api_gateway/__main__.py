@@ -26,8 +26,10 @@ from api_gateway.handouts import hand_out
 from api_gateway.hub import Hub
 from api_gateway.models import Account, Version
 from api_gateway.patience import guarded_protocol
+from api_gateway.renewal import Renewal
 from api_gateway.settings import PREFIX, Settings, load_settings, read_secret_file
 from api_gateway.state import State, locked, open_state
+from api_gateway.tls import BUNDLE, fingerprint
 from api_gateway.work import Gateway
 from medhive import __version__
 from medhive.errors import InvalidInput, MedHiveError
@@ -76,10 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "tunnel", help="keep an ngrok tunnel to the proxy open; its settings begin with MEDHIVE_TUNNEL_"
     )
+    renew = commands.add_parser(
+        "renew", help="renew the CA or the coordinator's signing key, beside gateways that run; settings as for serve"
+    )
+    renew.add_argument("what", choices=["ca", "key"])
+    renew.add_argument(
+        "--at-once",
+        action="store_true",
+        help="of the CA: let the new one take over now, and trust the former no longer",
+    )
     options = parser.parse_args(arguments)
     try:
         if options.command == "tunnel":
             _keep_tunnel()
+        elif options.command == "renew":
+            _renew(load_settings(), options.what, at_once=options.at_once, out=sys.stdout)
         else:
             serve(load_settings(), sys.stdout)
     except MedHiveError as error:
@@ -96,6 +109,40 @@ def _keep_tunnel() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: keeper.stop())
         keeper.run()
+
+
+def _renew(settings: Settings, what: str, *, at_once: bool, out: TextIO) -> None:
+    """Renew CA or key in the state folder; gateways that serve from it see that within a second.
+
+    Raises:
+        InvalidInput: there is no coordinator yet, or a setting cannot be used.
+        Conflict: a successor of the CA is announced already.
+    """
+    if not (settings.state_dir / "tls" / BUNDLE).exists():
+        raise InvalidInput(f"{PREFIX}STATE_DIR names {settings.state_dir}, which holds no coordinator yet.")
+    if what == "key" and at_once:
+        raise InvalidInput("A new key counts at once; --at-once is for the CA.")
+    gateway, _ = build(settings)
+    configure_logging()
+    renewal = Renewal(gateway)
+    if what == "key":
+        former = gateway.key.public.key_id
+        renewal.renew_key()
+        out.write(
+            f"The coordinator signs with key {gateway.key.public.key_id}; key {former} has named it its successor.\n"
+        )
+        return
+    renewal.renew_ca(at_once=at_once)
+    authority = gateway.state.authority
+    successor = authority.successor
+    if successor is None:
+        out.write(f"The CA is another one now, SHA-256 {authority.fingerprint.hex()}; no other is trusted.\n")
+    else:
+        takes_over = authority.takes_over(successor, settings.ca_overlap)
+        out.write(
+            f"A successor of the CA is trusted from now on, SHA-256 {fingerprint(successor)}. It takes over on "
+            f"{takes_over:%Y-%m-%d}; the present one is trusted until {takes_over + settings.ca_overlap:%Y-%m-%d}.\n"
+        )
 
 
 def serve(settings: Settings, out: TextIO) -> None:

@@ -25,7 +25,7 @@ from medhive.wire import API, Problem
 
 SETTLE_EVERY_S = 5.0  # how late a consent deadline may be noticed when nobody looks
 SWEEP_EVERY_S = 600.0
-TUNNEL_EVERY_S = 1.0  # a look at one small file
+FOLLOW_EVERY_S = 1.0  # a look at three small files
 RUN_BLOBS_KEPT = timedelta(hours=24)  # after a run's end, for whoever wants to look; a clean-up by hand does not wait
 TOKENS_KEPT = timedelta(days=7)  # after their expiry
 
@@ -67,7 +67,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         asyncio.create_task(_repeat(SETTLE_EVERY_S, "settle", lambda: runs.settle_due(gateway))),
         asyncio.create_task(_repeat(SWEEP_EVERY_S, "sweep", lambda: sweep(gateway), at_once=True)),
         asyncio.create_task(_repeat(gateway.settings.renewal_look_s, "renewal", app.state.renewal.look, at_once=True)),
-        asyncio.create_task(_repeat(TUNNEL_EVERY_S, "tunnel", app.state.renewal.follow_tunnel)),
+        asyncio.create_task(_repeat(FOLLOW_EVERY_S, "follow", app.state.renewal.follow)),
         asyncio.create_task(_watch(gateway)),
     ]
     yield

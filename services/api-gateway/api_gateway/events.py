@@ -29,6 +29,10 @@ class Kind(StrEnum):
     """Everything that is ever said in the log; the part before the dot is the kind of its subject."""
 
     COORDINATOR_CREATED = "coordinator.created"
+    CA_ANNOUNCED = "coordinator.ca-announced"
+    CA_CHANGED = "coordinator.ca-changed"
+    CA_DROPPED = "coordinator.ca-dropped"
+    KEY_CHANGED = "coordinator.key-changed"
     CERTIFICATES_RENEWED = "certificate.renewed"
     CERTIFICATE_ENDS = "certificate.ends"
     TUNNEL_OPENED = "tunnel.opened"
@@ -90,6 +94,17 @@ class Kind(StrEnum):
     DECISION_REJECTED = "decision.rejected"
     CLEANUP_DONE = "cleanup.done"
     HEAD_DISPUTED = "head.disputed"
+
+
+# How the coordinator is reached and trusted concerns every hospital; a node that hears of it asks for an introduction.
+FOR_EVERY_SITE = (
+    Kind.CA_ANNOUNCED,
+    Kind.CA_CHANGED,
+    Kind.CA_DROPPED,
+    Kind.KEY_CHANGED,
+    Kind.TUNNEL_OPENED,
+    Kind.TUNNEL_LOST,
+)
 
 
 def append(
@@ -156,7 +171,8 @@ def _visible(role: Role, site: str | None) -> ColumnElement[bool]:
         return Event.number > 0
     own_studies = select(Member.study).where(Member.site == site)
     # A study's own rows are its members' business; what another hospital did is not.
-    return or_(Event.site == site, and_(Event.site.is_(None), Event.study.in_(own_studies)))
+    own = and_(Event.site.is_(None), Event.study.in_(own_studies))
+    return or_(Event.site == site, own, Event.kind.in_(FOR_EVERY_SITE))
 
 
 def to_answer(row: Event, role: Role) -> EventAnswer:

@@ -291,7 +291,7 @@ def _check(work: Work, queue: Queue, consent: Consent, site: str) -> ConsentBody
         site=site,
         queue_id=name_of(queue),
         spec=spec_of(queue),
-        coordinator_key_id=work.gateway.key.public.key_id,
+        coordinator_key_ids=work.gateway.key_ids,
         now=work.now,
     )
 

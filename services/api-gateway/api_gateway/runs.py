@@ -212,7 +212,7 @@ def _check(work: Work, run: Run, consent: Consent, site: str) -> None:
         run_id=f"RUN_{run.id}",
         spec_hash=run.spec_hash,
         rounds=RunSpec.model_validate(run.spec).options.rounds,
-        coordinator_key_id=work.gateway.key.public.key_id,
+        coordinator_key_ids=work.gateway.key_ids,
         now=work.now,
     )
     if consent.body.privacy_limits != Privacy():

@@ -10,7 +10,6 @@ from fastapi import Request, Response
 from starlette.responses import StreamingResponse
 
 from api_gateway.blobstore import Part
-from api_gateway.http import came_through_proxy
 from api_gateway.models import Site
 from api_gateway.sites import require_fresh
 from api_gateway.work import Work
@@ -27,7 +26,6 @@ from medhive.sealing import (
     to_header,
 )
 from medhive.signing import VerifyKey
-from medhive.states import Role
 from medhive.wire import AddressTrust
 
 MEDIA_TYPE = "application/octet-stream"
@@ -36,17 +34,14 @@ MEDIA_TYPE = "application/octet-stream"
 def require_sealed(work: Work, request: Request, header: str) -> bool:
     """Whether this exchange is sealed, as its header says.
 
-    Where the public address is a tunnel that ends TLS, sites are known to come through it, and so is whoever comes through
-    the proxy; what speaks to the gateway from inside is not.
+    Whoever comes to the address of a tunnel that ends TLS comes through it.
 
     Raises:
         SealedOnly: it is not, and would be read on its way.
     """
     if header in request.headers:
         return True
-    gateway = work.gateway
-    outside = work.caller.role is Role.SITE or came_through_proxy(request, gateway)
-    if gateway.address_trust is AddressTrust.TUNNEL and outside:
+    if work.gateway.address_trust(request.headers.get("Host", "")) is AddressTrust.TUNNEL:
         raise SealedOnly(
             "This coordinator is reached through a tunnel that others can read, so weights pass only sealed for one "
             "hospital: upgrade MedHive at the hospital; people fetch weights on the coordinator's own machine."

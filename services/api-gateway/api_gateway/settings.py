@@ -5,6 +5,7 @@ neither in an environment listing nor on a command line. No secret has a default
 """
 
 import ipaddress
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -36,6 +37,11 @@ class Settings(BaseSettings):
     coordinator_name: str = Field("Coordinator", min_length=1, max_length=120)
     # How long the services' certificates run; a new one is made in the last 60 days, or the last third of a shorter life.
     certificate_days: float = Field(397, gt=0, le=825)
+    # How long a CA runs, and how long a successor is known before it issues and the former one is trusted after.
+    ca_days: float = Field(3650, gt=0, le=7300)
+    ca_overlap_days: float = Field(180, gt=0, le=1825)
+    # The coordinator's signing key is changed when it is so old; 0: by `medhive-gateway renew key` alone.
+    key_days: float = Field(0, ge=0, le=7300)
     # How often is looked whether one is due, and whether an own one has changed.
     renewal_look_s: float = Field(60.0, gt=0, le=86400)
     # Where the tunnel service (`medhive-gateway tunnel`) writes which address it has.
@@ -77,6 +83,23 @@ class Settings(BaseSettings):
         for network in value:
             ipaddress.ip_network(network, strict=False)
         return value
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Self:
+        # It is announced two overlaps before the end, and must not be due for a successor itself when it takes over.
+        if 4 * self.ca_overlap_days > self.ca_days:
+            raise ValueError(f"{PREFIX}CA_OVERLAP_DAYS is more than a quarter of {PREFIX}CA_DAYS")
+        return self
+
+    @property
+    def ca_validity(self) -> timedelta:
+        """How long a CA runs."""
+        return timedelta(days=self.ca_days)
+
+    @property
+    def ca_overlap(self) -> timedelta:
+        """How long two CAs are trusted, before and after the successor takes over."""
+        return timedelta(days=self.ca_overlap_days)
 
     @model_validator(mode="after")
     def _one_database(self) -> Self:

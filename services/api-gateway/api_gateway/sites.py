@@ -51,8 +51,8 @@ def coordinator(gateway: Gateway, nonce: str = "", host: str = "") -> Coordinato
     """Who this is, for everybody; signed over the asker's nonce."""
     body = IntroductionBody(
         authorities=gateway.state.authorities,
-        address_trust=gateway.address_trust,
-        fleet_address=gateway.fleet_address(host),
+        address_trust=gateway.address_trust(host, nonce),
+        fleet_address=gateway.fleet_address(host, nonce),
         nonce=nonce,
         issued_at=gateway.clock(),
     )
@@ -74,7 +74,7 @@ def coordinator(gateway: Gateway, nonce: str = "", host: str = "") -> Coordinato
 def tunnel(gateway: Gateway) -> TunnelAnswer:
     """The tunnel that is open now."""
     found = gateway.state.tunnel
-    return TunnelAnswer(address=found.address if found else None, address_trust=gateway.address_trust)
+    return TunnelAnswer(address=found.address if found else None, address_trust=gateway.widest_trust)
 
 
 # ---- invites -------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def invite(work: Work, body: NewInvite) -> InviteAnswer:
     work.session.add(row)
     work.session.flush()
     work.record(Kind.INVITE_CREATED, f"site {body.site}", invite=row.id, expires_at=row.expires_at.isoformat())
-    parts = (TOKEN_PREFIX, _text(seed), _text(work.gateway.key.public.raw), work.gateway.address_trust)
+    parts = (TOKEN_PREFIX, _text(seed), _text(work.gateway.key.public.raw), work.gateway.widest_trust)
     return _invite_answer(row, ".".join(parts))
 
 
@@ -227,7 +227,7 @@ def _check_statement(
     work: Work, statement: "Signed[JoinProof] | Signed[SiteTokenProof] | Signed[LeaveBody]", key: VerifyKey, to: str
 ) -> None:
     body: SignedBody = statement.verify(key)
-    if to != work.gateway.key.public.key_id:
+    if to not in work.gateway.key_ids:
         raise BadSignature(f"This {body.DOMAIN} was made for another coordinator.", key_id=to)
     require_fresh(work, statement.body.issued_at)
 

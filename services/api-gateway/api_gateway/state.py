@@ -17,9 +17,11 @@ from pathlib import Path
 from cryptography import x509
 from pydantic import BaseModel, ConfigDict, Field
 
+from api_gateway import signing_key
 from api_gateway.settings import PREFIX, Settings
-from api_gateway.tls import Authority, load_certificate
+from api_gateway.tls import BUNDLE, Authority, load_certificate
 from medhive.errors import InvalidInput
+from medhive.introduction import known_key_ids
 from medhive.sealing import SealingKey
 from medhive.signing import SigningKey, write_secret
 from medhive.wire import AddressTrust, Succession
@@ -72,15 +74,23 @@ class State:
     server_token_sha256: str
     sealing_key: SealingKey
     successions: tuple[Succession, ...] = ()
+    # Who ends TLS at the coordinator's own address; at a tunnel's it may be somebody else (`Gateway.address_trust`).
     address_trust: AddressTrust = AddressTrust.PINNED
     tunnel: Tunnel | None = None
+    # What the files of CA and key held, by which a step that another process has taken is seen.
+    read: tuple[bytes, ...] = ()
     # The certificates that were made just now.
     made: tuple[str, ...] = ()
 
     @property
     def authorities(self) -> tuple[str, ...]:
         """The CAs to trust here, in PEM; the first one issues."""
-        return (self.authority.pem,)
+        return self.authority.pems
+
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        """The ids of the coordinator's keys, the present one first."""
+        return known_key_ids(self.coordinator_key.public, self.successions)
 
     @property
     def certificate_file(self) -> Path:
@@ -126,8 +136,9 @@ def open_state(settings: Settings, folder: Path) -> State:
     tls = folder / "tls"
     tls.mkdir(mode=0o700, exist_ok=True)
     (folder / "blobs").mkdir(mode=0o700, exist_ok=True)
-    authority = Authority.open(tls, settings.coordinator_name)
     now = datetime.datetime.now(datetime.UTC)
+    authority = open_authority(settings, folder, now)
+    key, successions = signing_key.open_key(folder / "secrets")
     validity = datetime.timedelta(days=settings.certificate_days)
     made = []
     tunnel = read_tunnel(settings)
@@ -142,18 +153,33 @@ def open_state(settings: Settings, folder: Path) -> State:
     return State(
         folder,
         authority,
-        _coordinator_key(folder),
+        key,
         hashlib.sha256(token.encode()).hexdigest(),
         SealingKey.load_or_make(folder / "secrets" / "sealing.key"),
-        address_trust=_address_trust(settings, authority, tunnel),
+        successions=successions,
+        address_trust=_address_trust(settings, authority),
         tunnel=tunnel,
+        read=read_keys(folder),
         made=tuple(made),
     )
 
 
-def _address_trust(settings: Settings, authority: Authority, tunnel: Tunnel | None) -> AddressTrust:
-    if tunnel is not None and tunnel.ends_tls:
-        return AddressTrust.TUNNEL
+def open_authority(settings: Settings, folder: Path, now: datetime.datetime) -> Authority:
+    """The CA, after every step that is due in its life; call under `locked`."""
+    tls, name = folder / "tls", settings.coordinator_name
+    authority = Authority.open(tls, name, settings.ca_validity)
+    while step := authority.due(now, settings.ca_overlap):
+        authority = authority.take(step, tls, name, now, settings.ca_validity)
+    return authority
+
+
+def read_keys(folder: Path) -> tuple[bytes, ...]:
+    """What tells that CA or coordinator's key have changed: public files alone."""
+    paths = (folder / "tls" / BUNDLE, folder / "secrets" / signing_key.SUCCESSIONS)
+    return tuple(path.read_bytes() if path.exists() else b"" for path in paths)
+
+
+def _address_trust(settings: Settings, authority: Authority) -> AddressTrust:
     own = own_certificate(settings)
     return AddressTrust.PINNED if own is None or authority.issued(own) else AddressTrust.PUBLIC
 
@@ -170,13 +196,6 @@ def own_certificate(settings: Settings) -> x509.Certificate | None:
         return load_certificate(settings.own_cert_file)
     except InvalidInput as error:
         raise InvalidInput(f"{PREFIX}OWN_CERT_FILE: {error}") from error
-
-
-def _coordinator_key(folder: Path) -> SigningKey:
-    path = folder / "secrets" / "coordinator.key"
-    if not path.exists():
-        SigningKey.generate().save(path)
-    return SigningKey.load(path)
 
 
 def _ensure_secret(path: Path) -> str:

@@ -8,7 +8,8 @@ and waits for nobody's decision. Only a clean-up retires a version, and never on
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session
 
 from api_gateway import blobs
 from api_gateway.events import Kind
@@ -17,7 +18,7 @@ from api_gateway.work import Work, transition
 from medhive.consent import CLOCK_TOLERANCE
 from medhive.errors import BadSignature, Conflict, Expired, NotAllowed, NotFound
 from medhive.queues import IN_THE_QUEUE
-from medhive.signing import sign
+from medhive.signing import VerifyKey, sign
 from medhive.spec import StudyData
 from medhive.states import (
     DECISION_TRANSITIONS,
@@ -133,6 +134,24 @@ def create(work: Work, origin: Origin, number: int, content: Content) -> Version
     blobs.hold_for_version(work, version)
     _record(work, version, Kind.VERSION_CREATED, digest=content.digest)
     return version
+
+
+def signed_by_another(session: Session, key: VerifyKey) -> bool:
+    """Whether a manifest is under another key than this one."""
+    return session.scalar(select(Version.number).where(_under_another(key)).limit(1)) is not None
+
+
+def sign_anew(work: Work) -> None:
+    """Sign every manifest that a former key has signed with the present one; what it says stays."""
+    key = work.gateway.key
+    for version in work.session.scalars(select(Version).where(_under_another(key.public))):
+        body = Manifest.model_validate(version.manifest).body
+        version.manifest = sign(body, key).model_dump(mode="json")
+
+
+def _under_another(key: VerifyKey) -> ColumnElement[bool]:
+    named: ColumnElement[str] = Version.manifest["key_id"].as_string()
+    return named != key.key_id
 
 
 def _manifest(work: Work, origin: Origin, number: int, content: Content, size: int) -> ManifestBody:

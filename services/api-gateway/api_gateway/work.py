@@ -22,8 +22,9 @@ from api_gateway.events import Kind
 from api_gateway.hub import Hub
 from api_gateway.models import Account, Member, Site, Study, Token
 from api_gateway.settings import Settings
-from api_gateway.state import State
+from api_gateway.state import State, Tunnel
 from medhive.errors import IllegalTransition, NotAllowed, NotAuthenticated, NotFound
+from medhive.introduction import asks_at, authority_of
 from medhive.signing import SigningKey, VerifyKey
 from medhive.states import Role, SiteState
 from medhive.wire import AddressTrust
@@ -93,14 +94,31 @@ class Gateway:
         return self.state.coordinator_key
 
     @property
-    def address_trust(self) -> AddressTrust:
-        """Who ends TLS at the public address."""
-        return self.state.address_trust
+    def key_ids(self) -> tuple[str, ...]:
+        """The ids of its present key, first, and of those before it: what is signed to any of them is signed to it."""
+        return self.state.key_ids
 
-    def fleet_address(self, host: str = "") -> str:
-        """HOST:PORT at which a hospital reaches Flower that has come to this host: the proxy serves both at one place."""
+    def tunnel_at(self, host: str, nonce: str = "") -> Tunnel | None:
+        """The tunnel by which somebody has come who asks this host, by what the request says or its nonce means."""
         tunnel = self.state.tunnel
-        return tunnel.authority if tunnel and host.partition(":")[0] == tunnel.host else self.settings.fleet_address
+        if tunnel is None or (authority_of(host) != tunnel.authority and not asks_at(nonce, tunnel.authority)):
+            return None
+        return tunnel
+
+    def address_trust(self, host: str, nonce: str = "") -> AddressTrust:
+        """Who ends TLS on the way by which somebody has come."""
+        tunnel = self.tunnel_at(host, nonce)
+        return AddressTrust.TUNNEL if tunnel and tunnel.ends_tls else self.state.address_trust
+
+    @property
+    def widest_trust(self) -> AddressTrust:
+        """Who may end TLS at any of its addresses: an invite serves for all of them."""
+        return self.address_trust(self.state.tunnel.authority if self.state.tunnel else "")
+
+    def fleet_address(self, host: str = "", nonce: str = "") -> str:
+        """HOST:PORT at which a hospital reaches Flower that has come so: the proxy serves both at one place."""
+        tunnel = self.tunnel_at(host, nonce)
+        return tunnel.authority if tunnel else self.settings.fleet_address
 
     @contextmanager
     def system_write(self) -> Iterator["Work"]:

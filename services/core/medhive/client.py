@@ -62,11 +62,15 @@ KNOWN_ERRORS: Final = _known_errors()
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose certificates count: the coordinator's CA (PEM), a hospital's own bundle, the system's."""
+    """Whose certificates count: the coordinator's CAs (PEM), a hospital's own bundle, the system's.
+
+    `ca_file` holds the coordinator's CAs where the gateway lays them; what is new in it counts from the next exchange on.
+    """
 
     ca_pem: str | None = None
     extra_ca_file: Path | None = None
     system: bool = False
+    ca_file: Path | None = None
 
     def context(self) -> ssl.SSLContext:
         """Build the TLS context; TLS 1.2 at least, names checked."""
@@ -74,6 +78,8 @@ class Trust:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if self.ca_pem:
             context.load_verify_locations(cadata=self.ca_pem)
+        if self.ca_file:
+            context.load_verify_locations(cafile=self.ca_file)
         if self.extra_ca_file:
             context.load_verify_locations(cafile=self.extra_ca_file)
         return context
@@ -150,8 +156,23 @@ class GatewayClient:
         """
         self.address = address.rstrip("/")
         self._former: list[httpx.Client] = []
-        self._http = self._connection(trust)
+        self._trust = trust
+        self._ca_read = self._read_ca()
+        self._connected = self._connection(trust)
         self.use_token(token)
+
+    @property
+    def _http(self) -> httpx.Client:
+        if self._trust.ca_file is not None and self._read_ca() not in (self._ca_read, b""):
+            self.use_trust(self._trust)
+        return self._connected
+
+    def _read_ca(self) -> bytes:
+        """What the file of the CAs holds now; nothing where there is none, or while it is exchanged."""
+        try:
+            return self._trust.ca_file.read_bytes() if self._trust.ca_file else b""
+        except OSError:
+            return b""
 
     def _connection(self, trust: Trust) -> httpx.Client:
         headers = {PROTOCOL_HEADER: str(PROTOCOL), SOFTWARE_HEADER: __version__}
@@ -160,20 +181,22 @@ class GatewayClient:
 
     def use_trust(self, trust: Trust) -> None:
         """Count these certificates from the next exchange on; what is under way ends as it began."""
+        self._trust = trust
+        self._ca_read = self._read_ca()
         fresh = self._connection(trust)
-        fresh.headers = self._http.headers
-        self._former.append(self._http)
-        self._http = fresh
+        fresh.headers = self._connected.headers
+        self._former.append(self._connected)
+        self._connected = fresh
 
     def use_token(self, token: str | None) -> None:
         """Send this bearer token from now on."""
-        self._http.headers.pop("Authorization", None)
+        self._connected.headers.pop("Authorization", None)
         if token:
-            self._http.headers["Authorization"] = f"Bearer {token}"
+            self._connected.headers["Authorization"] = f"Bearer {token}"
 
     def close(self) -> None:
         """Close the connections."""
-        for http in (*self._former, self._http):
+        for http in (*self._former, self._connected):
             http.close()
 
     def __enter__(self) -> "GatewayClient":

@@ -4,6 +4,7 @@ The same checks run on both sides. The coordinator's gateway refuses a consent t
 only sites whose consent holds, and the hospital's node refuses any task that its own consent does not cover.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar, Literal
 
@@ -52,7 +53,7 @@ def check_consent(
     run_id: str,
     spec_hash: str,
     rounds: int,
-    coordinator_key_id: str,
+    coordinator_key_ids: Sequence[str],
     now: datetime | None = None,
 ) -> ConsentBody:
     """Return the consent's body when it covers this run, and refuse it otherwise.
@@ -60,6 +61,7 @@ def check_consent(
     Args:
         key: the site's consent key, as recorded at its join.
         rounds: the rounds that are to be trained; the consent must allow as many.
+        coordinator_key_ids: of the coordinator's present key, first, and of those that it has followed.
         now: the time to judge by; the present when left out.
 
     Raises:
@@ -68,11 +70,12 @@ def check_consent(
         InvalidInput: its validity or its rounds make no sense.
     """
     body = consent.verify(key)
+    named = body.coordinator_key_id
     expected = {
         "site": site,
         "run_id": run_id,
         "spec_hash": spec_hash,
-        "coordinator_key_id": coordinator_key_id,
+        "coordinator_key_id": named if named in coordinator_key_ids else coordinator_key_ids[0],
     }
     for field, value in expected.items():
         if getattr(body, field) != value:

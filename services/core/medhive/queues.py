@@ -138,7 +138,7 @@ def check_queue_consent(
     site: str,
     queue_id: str,
     spec: QueueSpec,
-    coordinator_key_id: str,
+    coordinator_key_ids: Sequence[str],
     now: AwareDatetime,
 ) -> ConsentBody:
     """Return the consent's body when it covers this queue; its `run_id` is QUEUE_n, its `max_rounds` counts contributions.
@@ -153,7 +153,7 @@ def check_queue_consent(
         run_id=queue_id,
         spec_hash=spec.spec_hash,
         rounds=1,
-        coordinator_key_id=coordinator_key_id,
+        coordinator_key_ids=coordinator_key_ids,
         now=now,
     )
 

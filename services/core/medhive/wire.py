@@ -109,6 +109,8 @@ class SuccessionBody(SignedBody):
     issued_at: AwareDatetime
 
 
+MAX_SUCCESSIONS = 100  # a key a year outlasts everything else here
+
 Introduction = Signed[IntroductionBody]
 Succession = Signed[SuccessionBody]
 
@@ -129,7 +131,7 @@ class CoordinatorAnswer(Answer):
     ca_certificate: str
     time: AwareDatetime
     introduction: Introduction
-    successions: tuple[Succession, ...] = Field((), max_length=100)
+    successions: tuple[Succession, ...] = Field((), max_length=MAX_SUCCESSIONS)
     sealing_key: Signed[SealingKeyBody] | None = None
 
 

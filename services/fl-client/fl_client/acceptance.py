@@ -100,7 +100,7 @@ def check_task(site: Site, task: Task, now: datetime) -> Order:
         RoundPassed, AlreadyTrained: its round lies behind.
         IncompatibleVersion: the sides do not understand each other.
     """
-    body = task.verify(site.identity.verify_key)
+    body = task.verify(site.identity.task_key(task.key_id, now))
     require_compatible(body.protocol, "this hospital", "the coordinator")
     if body.site != site.name:
         raise BadSignature(f"The task is for the site {body.site}.", site=body.site)

@@ -200,7 +200,7 @@ def valid_consent(site: Site, run_id: str, now: datetime) -> GivenConsent:
         run_id=run_id,
         spec_hash=given.spec.spec_hash,
         rounds=given.spec.options.rounds,
-        coordinator_key_id=site.identity.verify_key.key_id,
+        coordinator_key_ids=site.identity.key_ids,
         now=now,
     )
     return given

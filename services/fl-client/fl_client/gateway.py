@@ -16,7 +16,17 @@ import structlog
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from medhive.client import GatewayClient, Progress, RemoteError, Trust
-from medhive.errors import ClockSkew, MedHiveError, NotAllowed, NotAuthenticated, SealBroken, SealedOnly, Unreachable
+from medhive.errors import (
+    BadSignature,
+    ClockSkew,
+    MedHiveError,
+    NotAllowed,
+    NotAuthenticated,
+    SealBroken,
+    SealedOnly,
+    Unreachable,
+)
+from medhive.introduction import new_nonce
 from medhive.queues import (
     MANIFEST_HEADER,
     UPLOAD,
@@ -88,7 +98,7 @@ class Gateway:
         on_clock: Callable[[float], None] = lambda _offset: None,
         sealing: MakeSealing | None = None,
         sealed: bool = False,
-        trust_anew: Callable[[str], Trust] | None = None,
+        trust_anew: Callable[[str], tuple[Trust, bool]] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Connect lazily.
@@ -101,10 +111,11 @@ class Gateway:
             on_token, on_clock: told what should survive this process.
             sealing: makes what seals weights, of the coordinator's answer and the clock.
             sealed: weights pass sealed; without it only once the gateway asks for it.
-            trust_anew: says whose certificates count at an address that shows an unknown one; raises what is not to be
-                trusted.
+            trust_anew: lets the coordinator introduce itself at an address, and says whose certificates count there and
+                whether somebody else ends TLS; raises what is not to be trusted.
             monotonic: seconds that never jump.
         """
+        self._met: set[str] = set()
         self._clients = [GatewayClient(address, trust, token) for address in addresses]
         self._first = self._clients[0] if self._clients else None
         self._back_at = 0.0
@@ -146,6 +157,7 @@ class Gateway:
         last: Unreachable | None = None
         for client in self._in_order():
             try:
+                self._meet(client)
                 result = self._trusting(client, exchange)
             except Unreachable as error:
                 last = error
@@ -157,6 +169,20 @@ class Gateway:
             return result
         raise last or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
 
+    def _meet(self, client: GatewayClient) -> None:
+        """Let the coordinator introduce itself before the first exchange at an address, which may be somebody's tunnel.
+
+        Raises:
+            Unreachable: nobody answers.
+            WrongAuthority: it is not this hospital's coordinator.
+        """
+        if self._trust_anew is None or client.address in self._met:
+            return
+        trust, sealed = self._trust_anew(client.address)
+        client.use_trust(trust)
+        self._sealed = self._sealed or sealed
+        self._met.add(client.address)
+
     def _trusting(self, client: GatewayClient, exchange: Callable[[GatewayClient], Result]) -> Result:
         """Make an exchange; where the certificate is unknown, let the coordinator introduce itself, and try once more."""
         try:
@@ -165,14 +191,16 @@ class Gateway:
             if self._trust_anew is None or not _is_untrusted(error):
                 raise
             try:
-                trust = self._trust_anew(client.address)
+                trust, sealed = self._trust_anew(client.address)
             except MedHiveError:
                 raise error from None
         client.use_trust(trust)
+        self._sealed = self._sealed or sealed
         return exchange(client)
 
-    def use_trust(self, trust: Trust) -> None:
-        """Count these certificates from now on."""
+    def use_trust(self, trust: Trust, *, sealed: bool = False) -> None:
+        """Count these certificates from now on, and seal weights where somebody else ends TLS."""
+        self._sealed = self._sealed or sealed
         for client in self._clients:
             client.use_trust(trust)
 
@@ -246,16 +274,25 @@ class Gateway:
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def coordinator(self, nonce: str = "") -> CoordinatorAnswer:
-        """Who the coordinator is; sets the clock by it.
+    def coordinator(self) -> CoordinatorAnswer:
+        """Who the coordinator is; raises as `introduction`."""
+        return self.introduction()[0]
+
+    def introduction(self) -> tuple[CoordinatorAnswer, str]:
+        """Who the coordinator is, and the nonce that it was asked over; sets the clock by it.
 
         Raises:
             IncompatibleVersion: one side must be upgraded; the text says which.
         """
-        answer = self._each(lambda client: _read(CoordinatorAnswer, client.get(f"{API}/coordinator", nonce=nonce)))
+
+        def ask(client: GatewayClient) -> tuple[CoordinatorAnswer, str]:
+            nonce = new_nonce(client.address)
+            return _read(CoordinatorAnswer, client.get(f"{API}/coordinator", nonce=nonce)), nonce
+
+        answer, nonce = self._each(ask)
         require_compatible(answer.protocol, "this hospital", "the coordinator")
         self.set_server_time(answer.time)
-        return answer
+        return answer, nonce
 
     def site(self, name: str) -> SiteAnswer:
         """The own entry."""
@@ -342,16 +379,23 @@ class Gateway:
     def _move(self, move: Callable[[GatewayClient, SiteSealing | None], int]) -> int:
         """Move bytes, sealed where somebody else ends TLS; never unsealed again once it is known that somebody does."""
         try:
-            sealing = self._ensure_sealing() if self._sealed else None
-            return self._call(lambda client: move(client, sealing))
+            # Asked for at each address: the second one may be a tunnel where the first is none.
+            return self._call(lambda client: move(client, self._ensure_sealing() if self._sealed else None))
         except SealedOnly:
             if self._sealed or self._make_sealing is None:
                 raise
             self._sealed = True
             return self._move(move)
-        except SealBroken:
-            self._sealing = None  # the coordinator may have another key by now
-            raise
+        except (SealBroken, BadSignature):
+            if not self._sealed_for_another():
+                raise
+            return self._move(move)
+
+    def _sealed_for_another(self) -> bool:
+        """Whether the coordinator has another key by now than the one that was sealed for; the new one is taken."""
+        former, self._sealing = self._sealing, None
+        fresh = self._ensure_sealing()
+        return former is not None and fresh is not None and former.coordinator != fresh.coordinator
 
     def _ensure_sealing(self) -> SiteSealing | None:
         if self._sealing is None and self._make_sealing is not None:

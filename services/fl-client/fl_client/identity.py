@@ -13,7 +13,7 @@ import secrets
 import ssl
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
@@ -34,7 +34,7 @@ from medhive.errors import (
     NotFound,
     Unreachable,
 )
-from medhive.introduction import Introduced, introduced, new_nonce
+from medhive.introduction import Introduced, introduced, new_nonce, present_key
 from medhive.sealing import SiteSealing, checked_sealing_key
 from medhive.signing import Signed, SigningKey, VerifyKey, canonical_json, sign, write_secret
 from medhive.spec import explain
@@ -53,6 +53,8 @@ from medhive.wire import (
 
 TOKEN_PREFIX = "mh2"  # noqa: S105 - the form's name, not a secret
 TOKEN_PARTS = 4
+# The aggregator takes a new key within seconds, and what it had asked with the former one is under way for minutes at most.
+FORMER_KEY_GRACE = timedelta(minutes=10)
 SECRET_BYTES = 32
 IDENTITY, TOKEN, CLOCK = "identity", "token", "clock_offset_s"
 
@@ -173,11 +175,32 @@ class Identity:
     joined_at: str
     left: bool = False
     address_trust: str = AddressTrust.PINNED
+    # The coordinator's keys before the present one, the newest last, and when the present one was followed.
+    former_keys: tuple[str, ...] = ()
+    key_since: str = ""
 
     @property
     def verify_key(self) -> VerifyKey:
         """The coordinator's key: tasks, manifests and heads are signed with it."""
         return VerifyKey.from_text(self.coordinator_key)
+
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        """Whom an own statement may name: the coordinator by its present key, first, or by one that it had before."""
+        former = (VerifyKey.from_text(key).key_id for key in reversed(self.former_keys))
+        return (self.verify_key.key_id, *former)
+
+    def task_key(self, key_id: str, now: datetime) -> VerifyKey:
+        """The key by which a task is judged that names this one.
+
+        The key before the present one counts for `FORMER_KEY_GRACE` more: the aggregator gets the new one a moment later
+        than the hospitals, and must not lose a round by that.
+        """
+        if self.former_keys and now - datetime.fromisoformat(self.key_since) < FORMER_KEY_GRACE:
+            former = VerifyKey.from_text(self.former_keys[-1])
+            if former.key_id == key_id:
+                return former
+        return self.verify_key
 
     @property
     def fleet_url(self) -> str:
@@ -189,6 +212,11 @@ class Identity:
         public = self.address_trust != AddressTrust.PINNED
         return Trust(ca_pem=self.ca_pem, extra_ca_file=extra_ca_file, system=public)
 
+    @property
+    def way(self) -> tuple[object, ...]:
+        """How the coordinator is reached and trusted; who opens a connection by it opens a new one when it changes."""
+        return (self.addresses, self.fleet_address, self.ca_pem, self.address_trust)
+
     def tls(self, extra_ca_file: Path | None = None) -> ssl.SSLContext:
         """The TLS context for the fleet address."""
         return self.trust(extra_ca_file).context()
@@ -197,6 +225,8 @@ class Identity:
         """The same site, as the coordinator has now introduced itself."""
         return replace(
             self,
+            former_keys=(*self.former_keys, *(key.text for key in found.former)),
+            key_since=datetime.now(UTC).isoformat() if found.former else self.key_since,
             fleet_address=found.fleet_address,
             coordinator_key=found.key.text,
             ca_pem="".join(found.authorities),
@@ -217,7 +247,8 @@ class Identity:
         kept = store.fact(IDENTITY)
         if kept is None:
             raise NotJoined("This hospital has not joined yet; run `medhive-site join` with the coordinator's invite.")
-        return cls(**{**kept, "addresses": tuple(kept["addresses"])})
+        lists = {name: tuple(kept.get(name, ())) for name in ("addresses", "former_keys")}
+        return cls(**{**kept, **lists})
 
 
 @dataclass(frozen=True)
@@ -242,28 +273,33 @@ def connect(identity: Identity, keys: Keys, store: Store, extra_ca_file: Path | 
         clock_offset_s=store.fact(CLOCK) or 0.0,
         on_token=lambda fresh: store.set_fact(TOKEN, fresh.model_dump(mode="json")),
         on_clock=lambda offset: _keep_clock(store, offset),
-        sealing=sealing_maker(identity, keys),
+        sealing=sealing_maker(lambda: Identity.load(store), keys),
         sealed=identity.address_trust == AddressTrust.TUNNEL,
         trust_anew=lambda address: _trust_anew(store, address, extra_ca_file),
     )
 
 
-def sealing_maker(identity: Identity, keys: Keys) -> Callable[[CoordinatorAnswer, Callable[[], datetime]], SiteSealing]:
+def sealing_maker(
+    identity: Callable[[], Identity], keys: Keys
+) -> Callable[[CoordinatorAnswer, Callable[[], datetime]], SiteSealing]:
     """Return the function that makes what seals weights for this coordinator, and opens what it has sealed."""
 
     def make(answer: CoordinatorAnswer, now: Callable[[], datetime]) -> SiteSealing:
-        key = checked_sealing_key(answer.sealing_key, identity.verify_key)
-        return SiteSealing(identity.site, keys.consent_key(), identity.verify_key, key, now)
+        known = identity()
+        coordinator = present_key(known.verify_key, answer.successions)
+        key = checked_sealing_key(answer.sealing_key, coordinator)
+        return SiteSealing(known.site, keys.consent_key(), coordinator, key, now)
 
     return make
 
 
-def _trust_anew(store: Store, address: str, extra_ca_file: Path | None) -> Trust:
-    """What to trust at an address whose certificate is unknown: what the coordinator says, once it has proved its key."""
-    identity = Identity.load(store)
-    identity = identity.after(discover((address,), identity.verify_key))
-    identity.save(store)
-    return identity.trust(extra_ca_file)
+def _trust_anew(store: Store, address: str, extra_ca_file: Path | None) -> tuple[Trust, bool]:
+    """What to trust at an address, as the coordinator says there once it has proved its key; and whether it is a tunnel."""
+    kept = Identity.load(store)
+    identity = kept.after(discover((address,), kept.verify_key))
+    if identity != kept:
+        identity.save(store)
+    return identity.trust(extra_ca_file), identity.address_trust == AddressTrust.TUNNEL
 
 
 def _keep_clock(store: Store, offset_s: float) -> None:
@@ -373,8 +409,7 @@ def discover(addresses: tuple[str, ...], pinned: VerifyKey) -> Introduced:
         IncompatibleVersion: one side must be upgraded.
         Unreachable: nobody answers.
     """
-    nonce = new_nonce()
-    answer = _first_answer(addresses, nonce)
+    answer, nonce = _first_answer(addresses)
     require_compatible(answer.protocol, "this hospital", "the coordinator")
     return checked(answer, pinned, nonce)
 
@@ -400,11 +435,12 @@ def trust_in(known: Introduced, extra_ca_file: Path | None) -> Trust:
     return Trust(ca_pem="".join(known.authorities), extra_ca_file=extra_ca_file, system=public)
 
 
-def _first_answer(addresses: tuple[str, ...], nonce: str) -> CoordinatorAnswer:
+def _first_answer(addresses: tuple[str, ...]) -> tuple[CoordinatorAnswer, str]:
     problem: MedHiveError | None = None
     for address in addresses:
+        nonce = new_nonce(address)
         try:
-            return introduce(address, nonce)
+            return introduce(address, nonce), nonce
         except (Unreachable, InvalidInput) as error:
             problem = problem or error
     raise problem or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")

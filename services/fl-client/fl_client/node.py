@@ -423,6 +423,8 @@ class Node:
             log.warning("task.unreadable", reason=error.code)
             self._site.store.forget_inbound(inbound.message_id)
             return
+        if task.key_id not in self._site.identity.key_ids and self._site.follow(task.key_id):
+            self._reach_fleet_anew()
         try:
             order = check_task(self._site, task, self._site.latest_now())
         except MedHiveError as error:

@@ -4,6 +4,7 @@ It is signed with the hospital's consent key, so that a file that somebody edite
 for nothing. Whatever it does not plainly allow waits for a person.
 """
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -106,17 +107,17 @@ def load_policy(site: Site) -> PolicyBody | None:
         raise InvalidInput(
             f"{path} is no policy: {explain(error)}. Sign a new one with `medhive-site policy`."
         ) from error
-    return check_policy(policy, site.consent_key.public, site.name, site.identity.verify_key.key_id)
+    return check_policy(policy, site.consent_key.public, site.name, site.identity.key_ids)
 
 
-def check_policy(policy: Policy, key: VerifyKey, site: str, coordinator_key_id: str) -> PolicyBody:
+def check_policy(policy: Policy, key: VerifyKey, site: str, coordinator_key_ids: Sequence[str]) -> PolicyBody:
     """Return the body of a policy that this hospital signed for this coordinator.
 
     Raises:
         BadSignature: somebody else did, for somebody else, or it was edited.
     """
     body = policy.verify(key)
-    if body.site != site or body.coordinator_key_id != coordinator_key_id:
+    if body.site != site or body.coordinator_key_id not in coordinator_key_ids:
         raise BadSignature("The policy was signed for another site or coordinator; sign a new one.")
     return body
 

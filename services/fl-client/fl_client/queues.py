@@ -200,7 +200,7 @@ def valid_queue_consent(site: Site, queue: QueueAnswer, now: datetime) -> Consen
         site=site.name,
         queue_id=queue.id,
         spec=queue.spec,
-        coordinator_key_id=site.identity.verify_key.key_id,
+        coordinator_key_ids=site.identity.key_ids,
         now=now,
     )
     if kept["made"] >= body.max_rounds:

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+import structlog
+
 from fl_client.gateway import Gateway
 from fl_client.identity import Identity, JoinOutcome, Keys, NotJoined, checked, connect, join
 from fl_client.jobs import Source
@@ -15,10 +17,12 @@ from fl_client.limits import Limits
 from fl_client.settings import Settings
 from fl_client.store import Store
 from fl_client.trainer import Trainer
-from medhive.errors import Conflict
-from medhive.introduction import new_nonce
+from medhive.errors import Conflict, MedHiveError
 from medhive.signing import SigningKey
 from medhive.spec import StudyData
+from medhive.wire import AddressTrust
+
+log = structlog.get_logger()
 
 DATABASE = "site.db"
 LOCK_LOOK_S = 0.02  # how soon a lock that was given back is noticed
@@ -71,7 +75,7 @@ class Site:
         self.close()
 
     def greet(self) -> bool:
-        """Let the coordinator introduce itself, over its key, and keep what it says; whether anything has changed.
+        """Let the coordinator introduce itself, over its key, and keep what it says; whether it is reached otherwise now.
 
         A new SERVER_ADDRESS is kept too, once the coordinator has answered there.
 
@@ -79,17 +83,30 @@ class Site:
             WrongAuthority: another coordinator answers.
             Unreachable: nobody answers.
         """
-        nonce = new_nonce()
-        answer = self.gateway.coordinator(nonce)
+        answer, nonce = self.gateway.introduction()
         kept = Identity.load(self.store)
         identity = replace(kept, addresses=self.identity.addresses)
         identity = identity.after(checked(answer, identity.verify_key, nonce))
         if identity != kept:
             identity.save(self.store)
-        changed, self.identity = identity != self.identity, identity
+        changed, self.identity = identity.way != self.identity.way, identity
         if changed:
-            self.gateway.use_trust(identity.trust(self.settings.extra_ca_file))
+            tunnel = identity.address_trust == AddressTrust.TUNNEL
+            self.gateway.use_trust(identity.trust(self.settings.extra_ca_file), sealed=tunnel)
         return changed
+
+    def follow(self, key_id: str) -> bool:
+        """Greet a coordinator that signs with another key than the one on record; whether it is reached otherwise now.
+
+        Whoever it is, and whether he answers, is judged by what is verified next.
+        """
+        if key_id == self.identity.verify_key.key_id:
+            return False
+        try:
+            return self.greet()
+        except MedHiveError as error:
+            log.info("coordinator.not-followed", reason=error.code)
+            return False
 
     @property
     def name(self) -> str:

@@ -166,6 +166,7 @@ def check_manifest(site: Site, manifest: Manifest, study: str, version: int) -> 
     Raises:
         BadSignature: it did not, or for another one.
     """
+    site.follow(manifest.key_id)
     body = manifest.verify(site.identity.verify_key)
     if (body.study, body.version) != (study, version):
         raise BadSignature(

@@ -331,6 +331,7 @@ class Watch:
         self._countersigned_at = now
 
     def _keep_head(self, head: Head, newest: int) -> None:
+        self._site.follow(head.key_id)
         body = head.verify(self._site.identity.verify_key)
         if body.number < newest:
             raise Conflict(

@@ -8,7 +8,6 @@ goes to standard error.
 import argparse
 import os
 import signal
-import ssl
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from fl_server import __version__
 from fl_server.dispatcher import Dispatcher
 from fl_server.flower import Command, SuperLink, superexec_command, superlink_command
 from fl_server.gate import Gate
+from fl_server.gateway import key_ids
 from fl_server.locking import FolderLock
 from fl_server.logs import log_json
 from fl_server.monitoring import Figures, Leases
@@ -137,9 +137,7 @@ class Server:
         settings = self._settings
         figures = Figures(settings.state_dir)
         supervisor = Supervisor(_services(settings), Relay(observe=figures.observe), figures.started)
-        superlink = SuperLink(
-            address=settings.superlink_url, tls=ssl.create_default_context(cafile=str(settings.gateway_ca_file))
-        )
+        superlink = SuperLink(address=settings.superlink_url, ca=settings.gateway_ca_file)
         nodes, dispatcher = NodeRegistry(gateway, superlink), self._dispatcher(gateway, superlink)
         figures.registry.register(Leases(dispatcher.lease_ages))
         try:
@@ -194,7 +192,7 @@ class Server:
         return Averager(
             gateway=gateway,
             holder=settings.holder(),
-            coordinator_key_id=settings.coordinator_key().public.key_id,
+            coordinator_key_ids=lambda: key_ids(gateway, settings.coordinator_key().public),
             folder=settings.state_dir / "queue",
             say=self._say,
             stopped=self._stopped,
@@ -223,17 +221,19 @@ def _metrics(settings: ServerSettings, figures: Figures) -> AbstractContextManag
 
 
 def _services(settings: ServerSettings) -> list[Service]:
-    """SuperLink, superexec and, where asked for, the gate and tracking."""
+    """SuperLink, superexec and, where asked for, the gate and tracking; each follows the files that it has read."""
     settings.superexec_secret_file.stat()
-    shown = (settings.tls_cert, settings.tls_key)
+    shown = (settings.tls_cert, settings.tls_key, settings.gateway_ca_file)
     services = [
         Service("superlink", lambda: _superlink(settings), shown),
-        Service("superexec", lambda: _superexec(settings)),
+        # Its runs' processes trust the CA and sign with the key: they are started anew with it, and resume.
+        Service("superexec", lambda: _superexec(settings), (settings.gateway_ca_file, settings.coordinator_key_file)),
     ]
     if settings.gate:
         services.append(Service("gate", _gate(settings, settings.gate).command, shown, signal.SIGHUP))
     if settings.mlflow_url:
-        services.append(Service("tracking", _tracking))
+        trusted = (settings.mlflow_ca_file,) if settings.mlflow_ca_file else ()
+        services.append(Service("tracking", _tracking, trusted))
     return services
 
 

@@ -41,18 +41,18 @@ class Present:
     left_out: Mapping[str, str]
 
 
-def standing(run: RunAnswer, nodes: Mapping[str, int], coordinator_key_id: str, now: datetime) -> Standing:
+def standing(run: RunAnswer, nodes: Mapping[str, int], coordinator_key_ids: Sequence[str], now: datetime) -> Standing:
     """Sort a run's sites into those that may be asked now and those that may not.
 
     Args:
         run: with its consents, which are checked again here: the gateway's word alone addresses nobody.
         nodes: site to the id of its registered node; a revoked site has none.
-        coordinator_key_id: the key that consents must name.
+        coordinator_key_ids: of the keys that a consent may name: the present one, and those that it has followed.
         now: the time to judge validity by.
     """
     members, left_out = [], {}
     for answer in sorted(run.consents, key=lambda item: item.site):
-        found = _member(run, answer, nodes, coordinator_key_id, now)
+        found = _member(run, answer, nodes, coordinator_key_ids, now)
         if isinstance(found, Member):
             members.append(found)
         else:
@@ -61,7 +61,7 @@ def standing(run: RunAnswer, nodes: Mapping[str, int], coordinator_key_id: str, 
 
 
 def _member(
-    run: RunAnswer, answer: ConsentAnswer, nodes: Mapping[str, int], coordinator_key_id: str, now: datetime
+    run: RunAnswer, answer: ConsentAnswer, nodes: Mapping[str, int], coordinator_key_ids: Sequence[str], now: datetime
 ) -> Member | str:
     if answer.state != ConsentState.GRANTED:
         return NO_CONSENT[answer.state]
@@ -76,7 +76,7 @@ def _member(
             run_id=run.id,
             spec_hash=run.spec_hash,
             rounds=run.rounds,
-            coordinator_key_id=coordinator_key_id,
+            coordinator_key_ids=coordinator_key_ids,
             now=now,
         )
     except MedHiveError as error:

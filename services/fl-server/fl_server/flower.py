@@ -302,16 +302,19 @@ class NodeState:
 class SuperLink:
     """The SuperLink's control API, for the dispatcher beside it.
 
-    `address` is `https://127.0.0.1:port`. Every method raises `SuperLinkUnreachable` when there is no answer and
+    `address` is `https://127.0.0.1:port`, `ca` the file of the CAs that may have issued its certificate, read again at a
+    change. Every method raises `SuperLinkUnreachable` when there is no answer and
     `SuperLinkRefused` when there is an unexpected one.
     """
 
-    def __init__(self, *, address: str, tls: ssl.SSLContext, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+    def __init__(self, *, address: str, ca: Path, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
         self._address = address
+        self._ca, self._ca_read = ca, ca.read_bytes()
+        self._tls = ssl.create_default_context(cafile=str(ca))
         self._control = ControlHttpClient(
             address,
             interceptors=[RuntimeVersionHttpInterceptor(component_name="MedHive")],
-            verify=tls,
+            verify=self._tls,
             timeout=timeout_s,
         )
 
@@ -398,7 +401,16 @@ class SuperLink:
             if info.status != NodeStatus.UNREGISTERED
         ]
 
+    def _follow_ca(self) -> None:
+        """Trust a new CA from the next connection on; a former one until this process ends, as only its child is asked."""
+        with contextlib.suppress(OSError):
+            found = self._ca.read_bytes()
+            if found != self._ca_read:
+                self._tls.load_verify_locations(cafile=self._ca)
+                self._ca_read = found
+
     def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
+        self._follow_ca()
         try:
             return method(request)
         except httpx.HTTPStatusError as error:

@@ -15,8 +15,20 @@ import structlog
 
 from medhive.client import GatewayClient
 from medhive.errors import Conflict, IllegalTransition, MedHiveError, NotFound, Unreachable
+from medhive.introduction import known_key_ids
+from medhive.signing import VerifyKey
 from medhive.states import RoundState
-from medhive.wire import API, Fenced, NodeAnswer, RoundAnswer, RoundReport, RunAnswer, RunEnd, VersionZero
+from medhive.wire import (
+    API,
+    CoordinatorAnswer,
+    Fenced,
+    NodeAnswer,
+    RoundAnswer,
+    RoundReport,
+    RunAnswer,
+    RunEnd,
+    VersionZero,
+)
 
 MAX_WEIGHTS_BYTES = 2 * 1024**3
 """The blob store takes no larger one."""
@@ -100,8 +112,17 @@ class Desk(Protocol):
         """The lease's number, which stands in every report."""
 
 
+def key_ids(client: GatewayClient, present: VerifyKey) -> tuple[str, ...]:
+    """The ids of the coordinator's present key and of those that it has followed, which a consent may name."""
+    answer = CoordinatorAnswer.model_validate(client.get(f"{API}/coordinator"))
+    return known_key_ids(present, answer.successions)
+
+
 class NodeDesk(Desk, Protocol):
     """What there is to know of the hospitals' nodes beside it."""
+
+    def key_ids(self, present: VerifyKey) -> tuple[str, ...]:
+        """The ids of the coordinator's keys that a consent may name: the present one, and those that it has followed."""
 
     def nodes(self) -> Mapping[str, int]:
         """Each site's registered node."""
@@ -140,6 +161,9 @@ class GatewayDesk:
         """Report under the lease until the gateway has heard it."""
         with lease_loss_named():
             return self._patiently(lambda: self._client.request(method, f"{self._server}/{what}", body=body))
+
+    def key_ids(self, present: VerifyKey) -> tuple[str, ...]:
+        return self._patiently(lambda: key_ids(self._client, present))
 
     def nodes(self) -> Mapping[str, int]:
         answers = self._patiently(self._nodes)

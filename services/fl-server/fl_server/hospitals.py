@@ -39,6 +39,7 @@ class Hospitals:
         self._desk = desk
         self._exchange = exchange
         self._key = key
+        self._key_ids = desk.key_ids(key.public)
         self._watch = watch
         self._clock = clock
         self._members: dict[str, Member] = {}
@@ -46,7 +47,7 @@ class Hospitals:
     def present(self) -> Present:
         """The sites whose consent holds now, and why those of others does not; raises as `Watch.refresh`."""
         run = self._watch.refresh(at_once=True)
-        now = standing(run, self._desk.nodes(), self._key.public.key_id, self._clock.now())
+        now = standing(run, self._desk.nodes(), self._key_ids, self._clock.now())
         self._members = {member.site: member for member in now.members}
         return Present(tuple(self._members), dict(now.left_out))
 

@@ -9,7 +9,7 @@ process believes no other.
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -87,7 +87,7 @@ class Averager:
     Args:
         gateway: a connection of its own, with the aggregator's token.
         holder: our name in leases.
-        coordinator_key_id: to which hospitals' consents must be given.
+        coordinator_key_ids: asked for the keys of the coordinator that hospitals' consents may name.
         folder: for weights on their way; emptied after each average.
         say: told one line about each average, for people.
         stopped: set to end.
@@ -98,14 +98,14 @@ class Averager:
         *,
         gateway: GatewayClient,
         holder: str,
-        coordinator_key_id: str,
+        coordinator_key_ids: Callable[[], Sequence[str]],
         folder: Path,
         say: Callable[[str], None],
         stopped: threading.Event,
     ) -> None:
         self._gateway = gateway
         self._holder = holder
-        self._coordinator_key_id = coordinator_key_id
+        self._coordinator_key_ids = coordinator_key_ids
         self._folder = folder
         self._say = say
         self._stopped = stopped
@@ -209,7 +209,7 @@ class Averager:
             site=body.site,
             queue_id=task.queue_id,
             spec=task.spec,
-            coordinator_key_id=self._coordinator_key_id,
+            coordinator_key_ids=self._coordinator_key_ids(),
             now=datetime.now(UTC),
         )
         check_queue_contribution(item.contribution, key, site=body.site, queue_id=task.queue_id, spec=task.spec)

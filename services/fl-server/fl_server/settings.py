@@ -149,7 +149,7 @@ class ServerSettings(BaseSettings):
             BadSettings: the gateway has not made its files yet, or they lie elsewhere.
         """
         token = read_token(self.token_file)
-        return GatewayClient(self.gateway_url, Trust(ca_pem=_read_made_by_gateway(self.gateway_ca_file)), token)
+        return GatewayClient(self.gateway_url, Trust(ca_file=self.gateway_ca_file), token)
 
     def coordinator_key(self) -> SigningKey:
         """The key that signs every task."""

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field
 
 from api_gateway import accounts, auth, sites
@@ -23,8 +23,11 @@ class NewPassword(Frozen):
 
 
 @router.get("/coordinator")
-def coordinator(call: CallDep, nonce: Annotated[str, Query(pattern=r"^[0-9a-f]{0,64}$")] = "") -> CoordinatorAnswer:
+def coordinator(
+    request: Request, call: CallDep, nonce: Annotated[str, Query(pattern=r"^[0-9a-f]{0,64}$")] = ""
+) -> CoordinatorAnswer:
     """Name, versions, key, CAs; signed over the nonce; open to everybody."""
+    request.app.state.renewal.catch_up()
     return sites.coordinator(call.gateway, nonce, call.host)
 
 

@@ -1,0 +1,149 @@
+"""A successor of the CA and of the coordinator's key: in steps of which a process may be killed in each."""
+
+import os
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from api_gateway import signing_key
+from api_gateway.tls import Authority, CaStep, load_certificate
+from medhive.errors import BadSignature, Conflict, InvalidInput
+from medhive.introduction import known_key_ids, present_key
+from medhive.signing import SigningKey
+from medhive.wire import MAX_SUCCESSIONS
+
+NAME = "Test"
+DAY = timedelta(days=1)
+LIFE, OVERLAP = 1000 * DAY, 100 * DAY
+NOW = datetime.now(UTC)
+KILLED = 9
+
+
+def killed_at_each_file(step: Callable[[], object]) -> Iterator[int]:
+    """Do a step in processes of which the first dies before its first change of a file, the next before its second, ...
+
+    Yields after each death; the caller looks at what is left, and the step begins anew there.
+    """
+    for allowed in count():
+        child = os.fork()
+        if child == 0:  # pragma: no cover - another process
+            with pytest.MonkeyPatch.context() as patch:
+                left = count(allowed, -1)
+                for owner, name in ((os, "link"), (Path, "replace"), (Path, "unlink")):
+                    patch.setattr(owner, name, mortal(getattr(owner, name), left))
+                try:
+                    step()
+                finally:
+                    os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != KILLED:
+            return
+        yield allowed
+
+
+def mortal(change: Callable[..., object], left: Iterator[int]) -> Callable[..., object]:
+    def changed(*args: object, **named: object) -> object:
+        if next(left) <= 0:
+            os._exit(KILLED)
+        return change(*args, **named)
+
+    return changed
+
+
+def advanced(folder: Path, now: datetime) -> Authority:
+    """What a look at this moment makes of it."""
+    authority = Authority.open(folder, NAME, LIFE)
+    while step := authority.due(now, OVERLAP):
+        authority = authority.take(step, folder, NAME, now, LIFE)
+    return authority
+
+
+def test_a_ca_is_followed_by_another_that_was_known_for_long(tmp_path: Path) -> None:
+    first = advanced(tmp_path, NOW)
+    assert first.trusted == (first.certificate,)
+    assert advanced(tmp_path, NOW + LIFE - 2 * OVERLAP - DAY).trusted == first.trusted
+    announced = advanced(tmp_path, NOW + LIFE - 2 * OVERLAP + DAY)
+    assert announced.certificate == first.certificate and announced.successor is not None
+    began = NOW + LIFE - 2 * OVERLAP + DAY
+    assert advanced(tmp_path, began + OVERLAP - DAY).trusted == announced.trusted
+    took_over = advanced(tmp_path, began + OVERLAP + DAY)
+    assert (took_over.certificate, took_over.successor) == (announced.successor, None)
+    assert took_over.former == (first.certificate,)
+    assert not (tmp_path / "ca-next.key").exists()
+    assert advanced(tmp_path, began + 2 * OVERLAP - 2 * DAY).trusted == took_over.trusted
+    alone = advanced(tmp_path, began + 2 * OVERLAP + DAY)
+    assert alone.trusted == (took_over.certificate,)
+    assert alone.ensure_leaf(tmp_path, "server", ("gateway",), NOW)
+    assert alone.issued(load_certificate(tmp_path / "server.crt")) and not first.issued(
+        load_certificate(tmp_path / "server.crt")
+    )
+
+
+def test_a_ca_that_ended_while_nobody_looked_is_replaced_at_once(tmp_path: Path) -> None:
+    first = advanced(tmp_path, NOW)
+    later = advanced(tmp_path, NOW + LIFE + DAY)
+    assert later.certificate != first.certificate
+
+
+@pytest.mark.parametrize("step", list(CaStep))
+def test_a_step_of_the_ca_survives_a_kill_before_each_change(tmp_path: Path, step: CaStep) -> None:
+    authority = Authority.open(tmp_path, NAME, LIFE)
+    for earlier in list(CaStep)[: list(CaStep).index(step)]:
+        authority = authority.take(earlier, tmp_path, NAME, NOW, LIFE)
+    trusted = set(authority.trusted)
+    deaths = 0
+    for _ in killed_at_each_file(lambda: Authority.open(tmp_path, NAME, LIFE).take(step, tmp_path, NAME, NOW, LIFE)):
+        deaths += 1
+        found = Authority.open(tmp_path, NAME, LIFE)
+        assert found.certificate in trusted
+        assert trusted <= set(found.trusted) or step is CaStep.DROP
+        assert found.ensure_leaf(tmp_path, f"leaf{deaths}", ("here",), NOW)
+        if found.trusted != authority.trusted or found.successor != authority.successor:
+            break  # it is done, and a second time would be another step
+    assert deaths
+
+
+def test_a_bundle_that_does_not_fit_its_key_is_refused(tmp_path: Path) -> None:
+    Authority.open(tmp_path / "one", NAME)
+    Authority.open(tmp_path / "two", NAME)
+    (tmp_path / "one" / "ca.crt").write_bytes((tmp_path / "two" / "ca.crt").read_bytes())
+    with pytest.raises(InvalidInput, match="holds no certificate for"):
+        Authority.open(tmp_path / "one", NAME)
+
+
+def test_whoever_knows_an_old_key_is_led_to_the_present_one(tmp_path: Path) -> None:
+    first, none = signing_key.open_key(tmp_path)
+    assert none == ()
+    second = signing_key.roll(tmp_path, NOW)
+    third = signing_key.roll(tmp_path, NOW)
+    key, successions = signing_key.open_key(tmp_path)
+    assert key.public == third.public and len(successions) == 2
+    assert present_key(first.public, successions) == present_key(second.public, successions) == key.public
+    assert known_key_ids(key.public, successions) == (key.public.key_id, second.public.key_id, first.public.key_id)
+    stranger = SigningKey.generate().public
+    assert present_key(stranger, successions) == stranger
+    forged = [each.model_copy(update={"signature": successions[0].signature}) for each in successions]
+    with pytest.raises(BadSignature):
+        known_key_ids(key.public, forged)
+
+
+def test_a_roll_of_the_key_survives_a_kill_before_each_change(tmp_path: Path) -> None:
+    first, _ = signing_key.open_key(tmp_path)
+    deaths = 0
+    for _ in killed_at_each_file(lambda: signing_key.roll(tmp_path, NOW)):
+        deaths += 1
+        key, successions = signing_key.open_key(tmp_path)
+        assert present_key(first.public, successions) == key.public
+        assert first.public.key_id in known_key_ids(key.public, successions)
+        assert not (tmp_path / signing_key.NEXT_KEY).exists()
+    assert deaths >= 3
+
+
+def test_no_more_than_hospitals_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MAX_SUCCESSIONS > 2
+    monkeypatch.setattr(signing_key, "MAX_SUCCESSIONS", 1)
+    signing_key.roll(tmp_path, NOW)
+    with pytest.raises(Conflict, match="all that hospitals follow"):
+        signing_key.roll(tmp_path, NOW)
