@@ -22,6 +22,12 @@ def postgres_url() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def empty_postgres(postgres_url: str) -> str:
+    """The URL of a database of a test's own."""
+    return empty_database(postgres_url)
+
+
 def empty_database(server: str) -> str:
     """Make a database that no gateway has seen; a session's world may be made more than once. Returns its URL."""
     name = f"gateway_{secrets.token_hex(6)}"

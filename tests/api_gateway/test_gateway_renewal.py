@@ -2,13 +2,28 @@
 
 import datetime
 import itertools
+import os
 import ssl
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+from cryptography import x509
 from gateway_world import GatewayProcess, World, running_gateway, until
 from public_address import PublicCa
 
-from medhive.wire import API
+from api_gateway.admin.audit import (
+    check_log,
+    fetch_coordinator_key,
+    fetch_countersignatures,
+    fetch_rows,
+    fetch_site_keys,
+)
+from medhive.client import GatewayClient, introduce
+from medhive.introduction import Introduced, introduced, new_nonce
+from medhive.signing import VerifyKey, sign
+from medhive.wire import API, CountersignBody, Head
 
 LIFE_S = 9.0  # renewed in its last third, which a busy machine must not sleep through
 DAYS = LIFE_S / 86400
@@ -80,4 +95,68 @@ def test_the_end_of_an_own_certificate_is_announced_once(tmp_path: Path) -> None
             assert (
                 'medhive_certificate_expiry_timestamp_seconds{certificate="own"}' in client._http.get("/metrics").text
             )
+        world.close()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def database(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The settings of a database that no gateway has seen."""
+    if request.param == "sqlite":
+        return {}
+    return {"database_url": request.getfixturevalue("empty_postgres")}
+
+
+def renew(gateway: GatewayProcess, *words: str) -> None:
+    """`medhive-gateway renew` as a process of its own, beside those that serve."""
+    environment = {**os.environ, **gateway.environment, "MEDHIVE_GATEWAY_STATE_DIR": str(gateway.state_dir)}
+    command = [sys.executable, "-m", "api_gateway", "renew", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def meet(gateway: GatewayProcess, known: VerifyKey) -> Introduced:
+    """Let it introduce itself to somebody who knows this key."""
+    nonce = new_nonce(gateway.url)
+    return introduced(introduce(gateway.url, nonce), known, nonce)
+
+
+def audited(client: GatewayClient, known: VerifyKey) -> list[str]:
+    """What `audit verify` finds wrong, for an admin who logged in when the coordinator had this key."""
+    signatures, keys = fetch_countersignatures(client), fetch_site_keys(client)
+    head = Head.model_validate(client.get(f"{API}/events/head"))
+    rows = list(fetch_rows(client))
+    findings = check_log(rows, head, fetch_coordinator_key(client, known), signatures, keys)
+    assert len(findings) == 3
+    return [f"{item.what}: {item.detail}" for item in findings if not item.right]
+
+
+def test_two_gateways_go_over_to_another_key_and_ca_at_once(database: dict[str, str], tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with running_gateway(state, **database) as one, running_gateway(state, **database) as two:
+        world = World(one, tmp_path)
+        known = VerifyKey.from_text(world.coordinator.public_key)
+        hospital = world.hospital()
+        head = Head.model_validate(hospital.client.get(f"{API}/events/head")).body
+        seen = CountersignBody(site=hospital.site, number=head.number, hash=head.hash, seen_at=head.at)
+        hospital.client.post(f"{API}/events/countersign", sign(seen, hospital.key))
+        renew(one, "key")
+        # The first question after it, at either: no gateway answers with what was before.
+        present = meet(one, known).key
+        assert present != known and meet(two, known).key == present
+        assert audited(world.admin, known) == []
+        renew(one, "ca")
+        assert len(meet(two, known).authorities) == len(meet(one, known).authorities) == 2
+        renew(two, "ca", "--at-once")
+        authorities = meet(two, known).authorities
+        assert authorities == meet(one, known).authorities and len(authorities) == 1
+        ca = x509.load_pem_x509_certificate(authorities[0].encode())
+        for gateway in (one, two):
+            x509.load_der_x509_certificate(shown_by(gateway)).verify_directly_issued_by(ca)
+        with one.client(world.admin_token) as admin:
+            until(lambda: any(row.kind == "coordinator.ca-dropped" for row in fetch_rows(admin)), "the log has it")
+            told = [row.kind for row in fetch_rows(admin) if row.kind.startswith(("coordinator.ca", "coordinator.key"))]
+            assert told == [
+                "coordinator.key-changed", "coordinator.ca-announced", "coordinator.ca-changed", "coordinator.ca-dropped"
+            ]  # fmt: skip
+            assert audited(admin, known) == []
         world.close()

@@ -17,10 +17,20 @@ from api_gateway.admin.session import Session, load_session
 from medhive.chain import BrokenChain, verify_chain
 from medhive.client import GatewayClient
 from medhive.errors import BadSignature, InvalidInput, MedHiveError, NotAllowed
+from medhive.introduction import present_key
 from medhive.signing import VerifyKey
 from medhive.states import Role
 from medhive.terminal import Group, Terminal, moment, pass_terminal
-from medhive.wire import API, Countersignature, CountersignBody, EventAnswer, Head, HeadBody, SiteAnswer
+from medhive.wire import (
+    API,
+    CoordinatorAnswer,
+    Countersignature,
+    CountersignBody,
+    EventAnswer,
+    Head,
+    HeadBody,
+    SiteAnswer,
+)
 
 PAGE: Final = 500
 
@@ -55,9 +65,10 @@ def verify(terminal: Terminal) -> None:
         signatures = fetch_countersignatures(client)
         keys = fetch_site_keys(client)
         head: Head = Head.model_validate(client.get(f"{API}/events/head"))
+        coordinator = fetch_coordinator_key(client, VerifyKey.from_text(session.coordinator_key))
         with terminal.progress("events") as advance:
             rows = list(fetch_rows(client, lambda done: advance(done, head.body.number)))
-    findings = check_log(rows, head, VerifyKey.from_text(session.coordinator_key), signatures, keys)
+    findings = check_log(rows, head, coordinator, signatures, keys)
     value = {"right": all(item.right for item in findings), "findings": [asdict(item) for item in findings]}
     table = [[item.what, "right" if item.right else "WRONG", item.detail] for item in findings]
     terminal.result(value, lambda: terminal.table(["checked", "result", "detail"], table))
@@ -93,6 +104,16 @@ def fetch_site_keys(client: GatewayClient) -> dict[str, VerifyKey]:
     """Site → its consent key; a revoked site's signatures stay valid."""
     sites = [SiteAnswer.model_validate(row) for row in client.get(f"{API}/sites")]
     return {item.name: VerifyKey.from_text(item.consent_public_key) for item in sites if item.consent_public_key}
+
+
+def fetch_coordinator_key(client: GatewayClient, known: VerifyKey) -> VerifyKey:
+    """The coordinator's present key, as far as the one that was known at the login leads to it.
+
+    Raises:
+        BadSignature: a succession of this key was not signed by it.
+    """
+    answer = CoordinatorAnswer.model_validate(client.get(f"{API}/coordinator"))
+    return present_key(known, answer.successions)
 
 
 def check_log(

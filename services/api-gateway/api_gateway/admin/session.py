@@ -1,7 +1,7 @@
 """Who is logged in where: one small file, readable by its owner alone, with the coordinator's CA and a token.
 
 The coordinator signs with its own CA, so trust is fixed at the login: by the CA's file, or by its fingerprint, which a
-person compares. Its signing key is kept too: `audit verify` then notices a coordinator that has changed it.
+person compares. Its signing key is kept too: `audit verify` then notices one that the former key has not named.
 """
 
 import hashlib
