@@ -96,6 +96,7 @@ def test_the_parts_that_are_asked_for_are_made() -> None:
     assert made["site"] == made["gpu"] == {"site"}
     assert made["both"] == coordinator | {"site"}
     assert made["own-tls"] == coordinator - {"mlflow"}
+    assert made["tunnel"] == coordinator | {"tunnel"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -213,7 +214,7 @@ def test_no_secret_is_made_or_written_down(case: str) -> None:
     assert of_kind(case, "Secret", "ConfigMap") == []
     for workload in workloads(case).values():
         for name, value in environment_of(workload).items():
-            if re.search(r"PASSWORD|TOKEN|SECRET|KEY|DATABASE_URL|_FILE$", name) and value is not None:
+            if re.search(r"PASSWORD|TOKEN|SECRET|KEY(?!_DAYS)|DATABASE_URL|_FILE$", name) and value is not None:
                 assert value.startswith("/"), f"{name} holds a value, not the place of one"
 
 
@@ -226,7 +227,12 @@ def test_the_invite_comes_from_a_secret_that_may_go_later() -> None:
 def test_the_default_values_name_no_secret() -> None:
     with helm.Chart.load(CHART) as chart:
         values = chart.values
-    places = (values["coordinator"]["tls"], values["coordinator"]["database"], values["coordinator"]["admin"])
+    places = (
+        values["coordinator"]["tls"],
+        values["coordinator"]["database"],
+        values["coordinator"]["admin"],
+        values["coordinator"]["tunnel"],
+    )
     assert {place["existingSecret"] for place in (*places, values["site"]["joinToken"], values["site"]["pacs"])} == {""}
 
 
@@ -372,6 +378,9 @@ def archive(**settings: Any) -> dict[str, Any]:
         ({"site": {"serverAddresses": ["http://medhive.example.org"]}}, "serverAddresses"),
         ({"site": {"joinToken": {"value": "mh2.x"}}}, "value"),
         ({"site": {"data": {"hostPath": "scans"}}}, "hostPath"),
+        ({"coordinator": {"renewal": {"certificateDays": 900}}}, "certificateDays"),
+        ({"coordinator": {"tunnel": {"authtoken": "secret"}}}, "authtoken"),
+        ({"coordinator": {"tunnel": {"protocol": "tcp"}}}, "protocol"),
         ({"site": {"gpu": {"count": 0}}}, "count"),
         ({"site": {"httpsProxy": {"url": "http://user:password@proxy:3128"}}}, "httpsProxy"),
         ({"site": {"egressPorts": []}}, "egressPorts"),
@@ -400,6 +409,8 @@ def test_a_wrong_value_is_refused_by_its_name(wrong: dict[str, Any], named: str)
             {"coordinator": {"publicAddress": "a:1", "tls": {"existingSecret": "b", "certManager": {"enabled": True}}}},
             "not both",
         ),
+        ({"coordinator": {"publicAddress": "a:1", "tunnel": {"enabled": True}}}, "the Secret that holds ngrok's token"),
+        ({"coordinator": {"publicAddress": "a:1", "renewal": {"caDays": 700}}}, "caOverlapDays is more than a quarter"),
         ({"coordinator": {"enabled": False}, "site": {"enabled": True}}, "site.serverAddresses is required"),
         (site(clientId=""), "site.clientId is required"),
         (site(), "Set one of site.data.existingClaim and site.data.hostPath"),

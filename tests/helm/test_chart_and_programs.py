@@ -21,10 +21,11 @@ from helm_chart import (
     pod_of,
     read_yaml,
     render,
+    volume_of,
     workloads,
 )
 
-from api_gateway import handouts
+from api_gateway import handouts, tunnel
 from api_gateway import settings as gateway_settings
 from api_gateway.state import LEAVES
 from fl_client import settings as site_settings
@@ -32,13 +33,15 @@ from fl_client.container import arguments
 from fl_server import settings as server_settings
 
 DOCKERFILES: Final = {
+    "tunnel": ROOT / "services" / "api-gateway" / "Dockerfile",
     "gateway": ROOT / "services" / "api-gateway" / "Dockerfile",
     "fl-server": ROOT / "services" / "fl-server" / "Dockerfile",
     "mlflow": ROOT / "services" / "mlflow" / "Dockerfile",
     "proxy": ROOT / "deploy" / "proxy" / "Dockerfile",
     "site": ROOT / "services" / "fl-client" / "Dockerfile",
 }
-IMAGES: Final = {"gateway": "medhive/api-gateway", "site": "medhive/fl-client"}  # the others are called as their part
+# The others are called as their part.
+IMAGES: Final = {"gateway": "medhive/api-gateway", "tunnel": "medhive/api-gateway", "site": "medhive/fl-client"}
 
 
 def module_at(path: Path) -> ModuleType:
@@ -58,12 +61,18 @@ def known_variables() -> dict[str, set[str]]:
     entry = (ROOT / "deploy" / "proxy" / "entrypoint.sh").read_text("utf-8")
     return {
         "gateway": {gateway_settings.PREFIX + name.upper() for name in gateway_settings.Settings.model_fields},
+        "tunnel": _tunnel_variables(),
         "fl-server": {server_settings.PREFIX + name.upper() for name in server_settings.ServerSettings.model_fields},
         "mlflow": {"MEDHIVE_MLFLOW_" + name for name in re.findall(r"\b_?([A-Z]+(?:_[A-Z]+)*)\b", tracking)},
         "proxy": set(re.findall(r"\$\{([A-Z_]+):-", entry)),
         # httpx, which every connection goes through, reads the one; the container's first process the other.
         "site": site | {arguments.PROXY, arguments.PROXY_FILE},
     }
+
+
+def _tunnel_variables() -> set[str]:
+    fields = tunnel.TunnelSettings.model_fields.items()
+    return {str(field.validation_alias or tunnel.PREFIX + name.upper()) for name, field in fields}
 
 
 def _aliases(alias: Any) -> list[str]:
@@ -131,6 +140,32 @@ def test_the_pull_takes_the_values(case: str, monkeypatch: pytest.MonkeyPatch, t
         == (settings.pacs_password_file is not None)
         != (settings.pacs_token_file is not None)
     )
+
+
+def test_gateway_and_tunnel_take_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = workloads("tunnel")
+    for part in ("gateway", "tunnel"):
+        for name, value in environment_of(parts[part]).items():
+            monkeypatch.setenv(name, str(value))
+    gateway, settings = gateway_settings.load_settings(), tunnel.TunnelSettings.load()
+    assert (gateway.certificate_days, gateway.ca_days, gateway.ca_overlap_days, gateway.key_days) == (
+        90,
+        1000,
+        60.5,
+        365,
+    )
+    assert (settings.upstream, settings.domain, settings.protocol) == ("proxy:443", "medhive.ngrok.example", "tls")
+    assert settings.token is None and settings.token_file == Path("/token/authtoken")
+    # What the one writes the other reads, and cannot write; ngrok's agent and the token are on no volume that both see.
+    assert gateway.tunnel_file == settings.state_dir / "tunnel.json"
+    mounts = {part: {each["mountPath"]: each for each in main_of(parts[part])["volumeMounts"]} for part in parts}
+    claims = [volume_of(parts[part], mounts[part]["/tunnel"]["name"]) for part in ("gateway", "tunnel")]
+    assert claims[0]["persistentVolumeClaim"] == claims[1]["persistentVolumeClaim"]
+    assert [mounts[part]["/tunnel"]["subPath"] for part in ("gateway", "tunnel")] == ["tunnel", "tunnel"]
+    assert mounts["gateway"]["/tunnel"]["readOnly"] is True
+    assert "emptyDir" in volume_of(parts["tunnel"], mounts["tunnel"]["/tunnel/agent"]["name"])
+    assert volume_of(parts["tunnel"], "token")["secret"]["items"] == [{"key": "token", "path": "authtoken"}]
+    assert main_of(parts["tunnel"])["args"] == ["medhive-gateway", "tunnel"]
 
 
 def test_the_ports_are_those_of_the_images() -> None:

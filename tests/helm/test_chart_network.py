@@ -1,6 +1,7 @@
 """The chart's network policies, which are not compared as text: they are applied to every pair of pods."""
 
 from collections.abc import Mapping
+from ipaddress import ip_address, ip_network
 from typing import Any, Final
 
 import pytest
@@ -89,6 +90,28 @@ def test_a_pod_of_the_release_that_no_policy_knows_is_cut_off() -> None:
 
 def test_without_mlflow_nobody_may_speak_to_it() -> None:
     assert Network("own-tls").arrows(PORTS) == {arrow for arrow in ARROWS if "mlflow" not in arrow}
+
+
+def test_a_tunnel_leads_to_the_proxy_and_to_addresses_outside_and_nobody_in() -> None:
+    network = Network("tunnel")
+    assert network.arrows(PORTS) == ARROWS | {("tunnel", "proxy")}
+    tunnel, outside = network.pods["tunnel"], of_kind("tunnel", "NetworkPolicy")
+    mine = [each["spec"] for each in outside if each["spec"]["podSelector"]["matchLabels"].items() <= tunnel.items()]
+    blocks = [
+        (ip_network(peer["ipBlock"]["cidr"]), [ip_network(each) for each in peer["ipBlock"]["except"]], rule["ports"])
+        for policy in mine
+        for rule in policy["egress"]
+        for peer in rule["to"]
+        if "ipBlock" in peer
+    ]
+    ((everywhere, left_out, ports),) = blocks
+    assert ports == [{"protocol": "TCP", "port": 443}] and everywhere.prefixlen == 0
+    for private in ("10.1.2.3", "100.64.0.1", "169.254.169.254", "172.31.0.1", "192.168.0.1"):
+        assert any(ip_address(private) in each for each in left_out)
+    assert not any(ip_address("203.0.113.5") in each for each in left_out)
+    anywhere = ("elsewhere", {"app": "x"})
+    assert not [port for port in range(1, 65536) if network.allows("ingress", tunnel, anywhere, port)]
+    assert network.allows("egress", tunnel, NAME_SERVICE, 53, "UDP")
 
 
 @pytest.mark.parametrize("case", ["coordinator", "both"])

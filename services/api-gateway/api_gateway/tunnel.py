@@ -134,6 +134,7 @@ class TunnelKeeper:
     def run(self) -> None:
         """Keep the tunnel open."""
         wait_s = FIRST_WAIT_S
+        self._write(None)  # what one that was killed has left is no tunnel
         try:
             while not self._stopped.is_set():
                 try:
