@@ -342,6 +342,13 @@ def test_a_consent_that_does_not_hold_addresses_nobody(tmp_path: Path, field: st
     assert "not addressed" in world.dropped(1)["b"]
 
 
+def test_consents_given_to_a_former_key_of_the_coordinator_hold(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.desk.change_key()
+    assert world.run().state == "completed"
+    assert world.asked(TRAIN, 3) == ["a", "b", "c"]
+
+
 def test_a_site_revoked_within_a_round_is_dropped_at_once_and_not_asked_again(tmp_path: Path) -> None:
     world = World(tmp_path)
 

@@ -185,6 +185,7 @@ class DictDesk:
     def __init__(self, clock: HandClock, spec: RunSpec, run_id: str = "RUN_1") -> None:
         self.clock = clock
         self.coordinator = SigningKey.generate()
+        self.former_key_ids: tuple[str, ...] = ()
         self.blobs: dict[str, bytes] = {}
         self.reported: dict[int, RoundReport] = {}
         self.ended: RunEnd | None = None
@@ -262,7 +263,12 @@ class DictDesk:
         return self.run
 
     def key_ids(self, present: VerifyKey) -> tuple[str, ...]:
-        return (present.key_id,)
+        return (present.key_id, *self.former_key_ids)
+
+    def change_key(self) -> None:
+        """The coordinator signs with another key from now on, which the present one has named."""
+        self.former_key_ids = (self.coordinator.public.key_id, *self.former_key_ids)
+        self.coordinator = SigningKey.generate()
 
     def nodes(self) -> Mapping[str, int]:
         return {item.name: item.node_id for item in self.hospitals if item.name not in self.revoked}
