@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from gateway_world import Hospital, World, running_gateway
+from queue_world import Scene
 
+from medhive.queues import MANIFEST_HEADER, manifest_to_header
 from medhive.version import PROTOCOL, PROTOCOL_HEADER
 from medhive.wire import API, RunAnswer
 
@@ -66,8 +68,8 @@ class Peer:
         return int(head.split()[1]), body
 
 
-def head(method: str, path: str, length: int | None = None, *fields: str) -> bytes:
-    lines = [f"{method} {API}{path} HTTP/1.1", "Host: localhost", f"{PROTOCOL_HEADER}: {PROTOCOL}", *fields]
+def head(method: str, path: str, length: int | None = None, *fields: str, root: str = API) -> bytes:
+    lines = [f"{method} {root}{path} HTTP/1.1", "Host: localhost", f"{PROTOCOL_HEADER}: {PROTOCOL}", *fields]
     lines += [] if length is None else [f"Content-Length: {length}"]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
@@ -161,6 +163,21 @@ def test_a_blob_that_stalled_goes_on_where_it_stopped(
     source.write_bytes(data)
     assert hospital.client.upload(f"{API}{path}", source) == len(data) - 4096
     assert hospital.http.get(path).content == data
+
+
+def test_an_upload_to_a_queue_that_stalled_goes_on_where_it_stopped(world: World) -> None:
+    scene = Scene.made(world, hospitals=1)
+    hospital, file = scene.hospitals[0], scene.weights(1)
+    manifest = manifest_to_header(scene.manifest(hospital, file))
+    fields, data = (bearer(hospital), f"{MANIFEST_HEADER}: {manifest}"), file.read_bytes()
+    with Peer(world) as peer:
+        peer.socket.sendall(head("POST", "/upload", len(data), *fields, root="") + data[:1024])
+        status, body = peer.answer()
+    assert (status, json.loads(body)["type"]) == (408, "urn:medhive:error:too-slow")
+    assert scene.contributions() == []
+    sent = hospital.client.upload("/upload", file, method="POST", headers={MANIFEST_HEADER: manifest})
+    assert sent == len(data) - 1024
+    assert [str(row.state) for row in scene.contributions()] == ["waiting"]
 
 
 def test_a_kept_connection_may_rest_between_two_requests(world: World) -> None:

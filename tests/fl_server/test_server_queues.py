@@ -72,6 +72,25 @@ def test_the_version_is_the_weighted_mean(world: World, averaging: Averaging) ->
     assert averaging.said == [f"{scene.queue.id}: version 2 of {scene.study} out of 3 contributions"]
 
 
+def test_twelve_at_once_make_one_version_of_ten(world: World, averaging: Averaging) -> None:
+    scene = Scene.made(world, hospitals=12, capacity=10)
+    together = threading.Barrier(len(scene.hospitals), timeout=60)
+
+    def upload(seed: int, hospital: Hospital) -> None:
+        together.wait()
+        scene.upload(hospital, seed, examples=1 + seed)
+
+    with ThreadPoolExecutor(len(scene.hospitals)) as pool:
+        list(pool.map(upload, range(12), scene.hospitals))
+    assert averaging.averager.step() and not averaging.averager.step()
+    lineage = scene.contributions(version=2)
+    assert len(lineage) == 10
+    assert scene.status().newest_version == 2 and scene.status().queue_size == 2
+    sent = {_digest(scene, seed): flat(scene.weights(seed)) for seed in range(12)}
+    values, examples = [sent[row.digest] for row in lineage], [row.examples for row in lineage]
+    np.testing.assert_allclose(weights_of(scene, 2), np.average(values, axis=0, weights=examples), rtol=1e-5, atol=1e-6)
+
+
 def test_an_outlier_is_refused_and_the_others_count(world: World, averaging: Averaging) -> None:
     scene = Scene.made(world, hospitals=4, capacity=4)
     for seed, hospital in enumerate(scene.hospitals[:3]):

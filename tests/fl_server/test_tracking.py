@@ -1,5 +1,6 @@
 """Tracking against a real MLflow server and a real gateway, through an outage."""
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +13,10 @@ from flower_stack import until
 
 from fl_server.figures import draw_confusion, draw_curves
 from fl_server.tracking import MAX_SITE_CURVES, NOTE, Progress, Value, panels_of, round_values
+from medhive.packing import sha256_file
+from medhive.queues import QueueAnswer
 from medhive.states import RoundState
-from medhive.wire import API, RoundAnswer, SiteRound
+from medhive.wire import API, RoundAnswer, SiteRound, VersionAnswer
 
 NAMES = ("a", "b")
 AT = datetime(2026, 11, 1, tzinfo=UTC)
@@ -130,6 +133,44 @@ def check_second_delivery_changes_nothing(stack: CoordinatorStack, mlflow: Any, 
     assert {name: history(mlflow, run, name) for name in run.data.metrics} == before
     assert len(mlflow.search_runs([run.info.experiment_id])) == 2
     assert len(mlflow.search_model_versions("name = 'medhive-tumours'")) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:google")
+def test_a_queues_versions_are_told_with_their_lineage(stack: CoordinatorStack, mlflow: Any, tmp_path: Path) -> None:
+    if not stack.mlflow.running:
+        stack.start_mlflow()
+    assert stack.ended(stack.request("tumours", rounds=1)).state == "completed"
+    base = max(VersionAnswer.model_validate(row).version for row in stack.admin.get(f"{API}/studies/tumours/versions"))
+    queue = QueueAnswer.model_validate(stack.admin.put(f"{API}/studies/tumours/queue", {"capacity": 3}))
+    for hospital, examples in ((stack.hospitals["a"], 10), (stack.hospitals["b"], 20), (stack.hospitals["a"], 30)):
+        hospital.contribute(queue, stack.version("tumours", base), examples, tmp_path)
+    made = base + 1
+    until(lambda: made in registered(mlflow), f"version {made} in the registry", 120)
+    run = mlflow.get_run(registered(mlflow)[made].run_id)
+    assert (run.info.run_name, run.info.status) == (queue.id, "RUNNING")
+    told = {name: history(mlflow, run, name) for name in ("contributions", "examples", "train_loss", "staleness")}
+    assert told == {name: [(made, value)] for name, value in zip(told, (3, 60, 0.5, 0), strict=True)}
+    assert history(mlflow, run, "site/a/weight") == [(made, round(10 / 60, 6)), (made, round(30 / 60, 6))]
+    assert history(mlflow, run, "site/b/val_accuracy") == [(base, 0.8)]
+    lineage = json.loads(
+        Path(mlflow.download_artifacts(run.info.run_id, f"lineage/v{made}.json", tmp_path)).read_text()
+    )
+    assert [(row["site"], row["examples"], row["staleness"]) for row in lineage] == [
+        ("a", 10, 0),
+        ("b", 20, 0),
+        ("a", 30, 0),
+    ]
+    path = mlflow.download_artifacts(run.info.run_id, f"v{made}/weights.safetensors", str(tmp_path))
+    assert sha256_file(Path(path)) == stack.version("tumours", made).digest
+    assert mlflow.get_registered_model("medhive-tumours").aliases["newest"] == registered(mlflow)[made].version
+    stack.admin.post(f"{API}/studies/tumours/queue/close", {"reason": "all have sent"})
+    until(lambda: mlflow.get_run(run.info.run_id).info.status == "FINISHED", "the queue's run ends", 60)
+
+
+def registered(mlflow: Any) -> dict[int, Any]:
+    """The registered versions of the study, by MedHive's numbers."""
+    rows = mlflow.search_model_versions("name = 'medhive-tumours'")
+    return {int(row.tags["medhive.version"]): row for row in rows}
 
 
 def test_values_of_a_round_carry_its_own_time_and_the_right_step() -> None:

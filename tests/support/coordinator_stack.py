@@ -22,6 +22,7 @@ import httpx
 import numpy as np
 from flower_stack import free_port, until
 from prometheus_client.parser import text_string_to_metric_families
+from queue_world import signed_consent, signed_manifest
 
 from fl_client.flower import FleetClosed, FleetConnection, Inbound, RunGone
 from fl_client.gateway import Gateway
@@ -32,6 +33,7 @@ from medhive.consent import ConsentBody
 from medhive.envelope import ContributionBody, Task, TaskBody, TaskType, from_bytes, to_bytes
 from medhive.errors import MedHiveError, Unreachable
 from medhive.packing import read_weights, write_weights
+from medhive.queues import QueueAnswer
 from medhive.signing import SigningKey, sign
 from medhive.spec import StudyData
 from medhive.states import FINAL_RUN_STATES, Activity
@@ -320,6 +322,22 @@ class LightHospital:
         )
         path = "withdraw" if decision == "withdrawn" else "consents"
         self.gateway.post(f"/runs/{run.id}/{path}", sign(body, self.key))
+
+    def contribute(self, queue: QueueAnswer, base: VersionAnswer, examples: int, folder: Path) -> None:
+        """Agree to a queue and upload a contribution to it, without training."""
+        signed = signed_consent(queue, site=self.name, key=self.key, coordinator_key_id=self.identity.verify_key.key_id)
+        self.gateway.post(f"/studies/{queue.study}/queue/consents", signed)
+        before, file = folder / f"{self.name}-base.safetensors", folder / f"{self.name}-{examples}.safetensors"
+        before.unlink(missing_ok=True)
+        self.gateway.fetch_version(queue.study, base.version, before, digest=base.digest, size_bytes=base.size_bytes)
+        rng = np.random.default_rng([self.number, examples])
+        changed = {
+            name: array + rng.normal(0, 0.01, array.shape).astype(array.dtype)
+            for name, array in read_weights(before).items()
+        }
+        write_weights(file, changed)
+        manifest = signed_manifest(queue, base, file, site=self.name, key=self.key, examples=examples)
+        self.gateway.send_contribution(manifest, file)
 
     def start(self) -> None:
         self._done.clear()

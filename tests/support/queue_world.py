@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 from gateway_world import Hospital, World
 
-from medhive.consent import ConsentBody
+from medhive.consent import Consent, ConsentBody
 from medhive.packing import read_weights, sha256_file, write_weights
 from medhive.queues import (
     MANIFEST_HEADER,
@@ -21,7 +21,7 @@ from medhive.queues import (
     QueueStatus,
     manifest_to_header,
 )
-from medhive.signing import sign
+from medhive.signing import SigningKey, sign
 from medhive.wire import API, VersionAnswer
 
 SIZE = 1000
@@ -32,13 +32,21 @@ def open_queue(world: World, study: str, **options: Any) -> QueueAnswer:
     return QueueAnswer.model_validate(world.admin.put(f"{API}/studies/{study}/queue", options))
 
 
-def agree(hospital: Hospital, queue: QueueAnswer, decision: str = "granted", **changes: Any) -> Any:
-    """Send a hospital's signed statement about a queue."""
+def signed_consent(
+    queue: QueueAnswer,
+    *,
+    site: str,
+    key: SigningKey,
+    coordinator_key_id: str,
+    decision: str = "granted",
+    **changes: Any,
+) -> Consent:
+    """A hospital's statement about a queue."""
     now = datetime.now(UTC)
     values = {
         "decision": decision,
-        "coordinator_key_id": hospital.coordinator.key_id,
-        "site": hospital.site,
+        "coordinator_key_id": coordinator_key_id,
+        "site": site,
         "run_id": queue.id,
         "spec_hash": queue.spec_hash,
         "max_rounds": 1000,
@@ -47,7 +55,33 @@ def agree(hospital: Hospital, queue: QueueAnswer, decision: str = "granted", **c
         "nonce": secrets.token_hex(16),
         "person": "Dr. Test",
     }
-    signed = sign(ConsentBody.model_validate(values | changes), hospital.key)
+    return sign(ConsentBody.model_validate(values | changes), key)
+
+
+def signed_manifest(
+    queue: QueueAnswer, base: VersionAnswer, file: Path, *, site: str, key: SigningKey, **changes: Any
+) -> QueueContribution:
+    """What goes with a file of weights that a hospital uploads."""
+    values = {
+        "queue_id": queue.id,
+        "study": queue.study,
+        "site": site,
+        "spec_hash": queue.spec_hash,
+        "base_version": base.version,
+        "base_digest": base.digest,
+        "content_digest": sha256_file(file),
+        "content_size_bytes": file.stat().st_size,
+        "examples": 10,
+        "metrics": {"train_loss": 0.5, "val_accuracy": 0.8},
+        "issued_at": datetime.now(UTC),
+    }
+    return sign(QueueContributionBody.model_validate(values | changes), key)
+
+
+def agree(hospital: Hospital, queue: QueueAnswer, decision: str = "granted", **changes: Any) -> Any:
+    """Send a hospital's signed statement about a queue."""
+    who = {"site": hospital.site, "key": hospital.key, "coordinator_key_id": hospital.coordinator.key_id}
+    signed = signed_consent(queue, decision=decision, **(who | changes))
     return hospital.client.post(f"{API}/studies/{queue.study}/queue/consents", signed)
 
 
@@ -101,21 +135,7 @@ class Scene:
 
     def manifest(self, hospital: Hospital, file: Path, **changes: Any) -> QueueContribution:
         """The signed manifest of a file."""
-        values = {
-            "queue_id": self.queue.id,
-            "study": self.study,
-            "site": hospital.site,
-            "spec_hash": self.queue.spec_hash,
-            "base_version": self.base.version,
-            "base_digest": self.base.digest,
-            "content_digest": sha256_file(file),
-            "content_size_bytes": file.stat().st_size,
-            "examples": 10,
-            "metrics": {"train_loss": 0.5, "val_accuracy": 0.8},
-            "issued_at": datetime.now(UTC),
-        }
-        key = changes.pop("key", hospital.key)
-        return sign(QueueContributionBody.model_validate(values | changes), key)
+        return signed_manifest(self.queue, self.base, file, **({"site": hospital.site, "key": hospital.key} | changes))
 
     def upload(self, hospital: Hospital, seed: int, **changes: Any) -> None:
         """Upload as a hospital's program does."""

@@ -19,6 +19,7 @@ from medhive.errors import BadSignature, Conflict, InvalidInput, MedHiveError, N
 from medhive.queues import (
     CONTRIBUTION_TRANSITIONS,
     IN_THE_QUEUE,
+    QUEUE_PREFIX,
     ContributionState,
     ExecutionState,
     QueueAnswer,
@@ -39,7 +40,7 @@ CONNECTED_WITHIN = timedelta(minutes=2)  # four times as often as a site's sign 
 
 def name_of(queue: Queue) -> str:
     """QUEUE_n."""
-    return f"QUEUE_{queue.id}"
+    return f"{QUEUE_PREFIX}{queue.id}"
 
 
 def spec_of(queue: Queue) -> QueueSpec:

@@ -31,7 +31,8 @@ from fl_server.gateway import MAX_WEIGHTS_BYTES
 from fl_server.reports import NOT_ADDRESSED
 from fl_server.settings import ServerSettings, read_token
 from medhive.client import GatewayClient
-from medhive.errors import MedHiveError, Unreachable
+from medhive.errors import MedHiveError, NotFound, Unreachable
+from medhive.queues import QUEUE_PREFIX, QueueContributionAnswer
 from medhive.signing import canonical_json
 from medhive.states import FINAL_RUN_STATES, ConsentState, RoundState, RunState, VersionState
 from medhive.wire import API, RoundAnswer, RunAnswer, VersionAnswer
@@ -40,8 +41,8 @@ PASS_S = 2.0
 """How soon a closed round shows in MLflow."""
 LONGEST_WAIT_S = 15.0
 """Between two looks at an MLflow server that is away."""
-ALIASES_S = 20.0
-"""How soon a roll-back, which changes no run, shows in the registry."""
+STUDIES_S = 20.0
+"""How soon a roll-back, and a queue's version, which change no run, show in MLflow."""
 OVERLAP = timedelta(seconds=10)
 """Changes are asked for again this far back: a change with an earlier time may be committed after a later one."""
 PAGE = 100
@@ -50,6 +51,8 @@ MAX_BATCH = 900
 MAX_TAG = 5000
 """Characters of a tag's value that every version of MLflow takes; what is longer is in an artifact."""
 MAX_PARAM = 500
+MAX_CONTRIBUTIONS = 1000
+"""Contributions to one version of a queue: its largest capacity."""
 MAX_SITE_CURVES = 10
 """More curves cannot be told apart by colour."""
 HEALTH_TIMEOUT_S = 3.0
@@ -69,6 +72,11 @@ NOTE = "mlflow.note.content"
 READING_NOTE = (
     "Step *n* of a metric `val_...` is the model after *n* rounds, on the sites' validation parts; step *n* of every other "
     "metric is what happened in round *n*. Round 0 prepares the run. What begins with `site/<name>/` is one site's."
+)
+QUEUE_NOTE = (
+    "Step *n* of a metric is version *n* of the study. `lineage/` has, for each version, the contributions that it is made "
+    "of, with their weights and staleness; `staleness` counts the versions made since a contribution's base. What begins "
+    "with `site/<name>/` is one site's."
 )
 MODEL_NOTE = (
     "Made by MedHive. A version's tag `medhive.version` is its number at the coordinator and in the hospitals, which "
@@ -135,6 +143,8 @@ class Tracker:
         self._progress = progress
         self._rounds_told: dict[str, set[int]] = {}
         self._aliases_told: dict[str, dict[str, str]] = {}
+        self._queue_told: set[tuple[str, int]] = set()
+        self._open_queues: dict[str, tuple[str, str]] = {}
         self._backlog: int | None = None
 
     def step(self) -> int:
@@ -221,7 +231,7 @@ class Tracker:
         final = self._final_values(run, version, rounds)
         self._log_values(mlflow_id, final)
         if version is not None:
-            self._register(run, mlflow_id, version)
+            self._register(mlflow_id, version)
         if run.state in FINAL_RUN_STATES:
             values = [value for item in ended for value in round_values(item)]
             self._tell_pictures(run, mlflow_id, [*values, *final], version)
@@ -229,20 +239,23 @@ class Tracker:
         log.info("tracking.told", run_id=run.id, state=str(run.state), rounds=len(ended))
 
     def _mlflow_run(self, run: RunAnswer) -> str:
-        experiment = self._experiment(run.study)
-        found = self._mlflow.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
+        tags = {
+            "medhive.spec_hash": run.spec_hash,
+            # What MLflow's own column "User" shows.
+            "mlflow.user": run.request_site or run.requested_by,
+        }
+        return self._run_named(run.id, run.study, run.started_at or run.created_at, tags)
+
+    def _run_named(self, name: str, study: str, began_at: datetime, tags: Mapping[str, str]) -> str:
+        """MLflow's id of a run or a queue; made where MLflow has none."""
+        experiment = self._experiment(study)
+        found = self._mlflow.search_runs([experiment], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
-        tags = {
-            RUN_TAG: run.id,
-            "medhive.study": run.study,
-            "medhive.spec_hash": run.spec_hash,
-            # What MLflow's own columns "User" and "Source" show.
-            "mlflow.user": run.request_site or run.requested_by,
-            "mlflow.source.name": "medhive-server",
-        }
-        start = _milliseconds(run.started_at or run.created_at)
-        return str(self._mlflow.create_run(experiment, start_time=start, run_name=run.id, tags=tags).info.run_id)
+        # The source is what MLflow's own column "Source" shows.
+        known = {RUN_TAG: name, "medhive.study": study, "mlflow.source.name": "medhive-server", **tags}
+        start = _milliseconds(began_at)
+        return str(self._mlflow.create_run(experiment, start_time=start, run_name=name, tags=known).info.run_id)
 
     def _experiment(self, study: str) -> str:
         experiment = self._mlflow.get_experiment_by_name(study)
@@ -277,11 +290,11 @@ class Tracker:
             self._rounds_told[run.id] = set()
             self._log_text(mlflow_id, "spec.json", spec)
 
-    def _log_text(self, mlflow_id: str, name: str, text: str) -> None:
+    def _log_text(self, mlflow_id: str, name: str, text: str, place: str | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_text(text, "utf-8")
-            self._mlflow.log_artifact(mlflow_id, str(path))
+            self._mlflow.log_artifact(mlflow_id, str(path), place)
 
     def _tell_rounds(self, run: RunAnswer, mlflow_id: str, ended: Sequence[RoundAnswer]) -> None:
         told = self._rounds_told[run.id]
@@ -329,28 +342,29 @@ class Tracker:
         row = self._gateway.get(f"{API}/studies/{run.study}/versions/{run.version}")
         return VersionAnswer.model_validate(row)
 
-    def _register(self, run: RunAnswer, mlflow_id: str, version: VersionAnswer) -> None:
+    def _register(self, mlflow_id: str, version: VersionAnswer, folder: str = "model") -> None:
         """Copy a version's file and manifest into the registry, once."""
-        name = model_name(run.study)
+        name = model_name(version.study)
         if version.version in self._registered(name):
             return
         if not version.bytes_kept:
-            log.info("tracking.version-cleaned-up", study=run.study, version=version.version)
+            log.info("tracking.version-cleaned-up", study=version.study, version=version.version)
             return
-        self._log_model(mlflow_id, version)
-        tags = {VERSION_TAG: str(version.version), "medhive.digest": version.digest, RUN_TAG: run.id}
+        self._log_model(mlflow_id, version, folder)
+        made_by = version.run_id or ""
+        tags = {VERSION_TAG: str(version.version), "medhive.digest": version.digest, RUN_TAG: made_by}
         self._mlflow.create_model_version(
             name,
-            f"runs:/{mlflow_id}/model",
+            f"runs:/{mlflow_id}/{folder}",
             run_id=mlflow_id,
             tags=tags,
             description=version_note(version),
             await_creation_for=0,
         )
-        self._aliases_told.pop(run.study, None)
-        self._tell_aliases(run.study)
+        self._aliases_told.pop(version.study, None)
+        self._tell_aliases(version.study, self._versions(version.study))
 
-    def _log_model(self, mlflow_id: str, version: VersionAnswer) -> None:
+    def _log_model(self, mlflow_id: str, version: VersionAnswer, place: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.safetensors"
             path = f"{API}/studies/{version.study}/versions/{version.version}/file"
@@ -358,7 +372,7 @@ class Tracker:
             manifest = Path(folder) / "manifest.json"
             manifest.write_text(version.manifest.model_dump_json(indent=1), "utf-8")
             for file in (weights, manifest):
-                self._mlflow.log_artifact(mlflow_id, str(file), "model")
+                self._mlflow.log_artifact(mlflow_id, str(file), place)
 
     def _registered(self, name: str) -> dict[int, str]:
         """MedHive's version numbers in the registry, and MLflow's own for them; makes the model where there is none."""
@@ -373,19 +387,68 @@ class Tracker:
         rows = self._mlflow.search_model_versions(f"name = '{name}'")
         return {int(row.tags[VERSION_TAG]): str(row.version) for row in rows if VERSION_TAG in row.tags}
 
-    def tell_all_aliases(self) -> None:
-        """Bring `newest` and `candidate` of every study up to date; a roll-back changes them without a run.
+    # ---- studies: queues, aliases ------------------------------------------------------------------------------------
+
+    def tell_studies(self) -> None:
+        """Bring what no run changes up to date: the versions of queues, and which version is `newest` and `candidate`.
 
         Raises:
-            Unreachable: the gateway does not answer.
+            TrackingAway, Unreachable: MLflow, or the gateway, does not answer; the next pass goes on.
         """
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
         for row in self._gateway.get(f"{API}/studies"):
             if row.get("newest_version"):
-                self._tell_aliases(str(row["name"]))
+                try:
+                    self._tell_study(str(row["name"]))
+                except (MlflowException, httpx.HTTPError, OSError) as error:
+                    if not self._is_up():
+                        raise TrackingAway("The MLflow server went away; what it was not told waits.") from error
+                    log.warning("tracking.failed", study=row["name"], reason=str(error)[:MAX_PARAM])
 
-    def _tell_aliases(self, study: str) -> None:
+    def _tell_study(self, study: str) -> None:
+        versions = self._versions(study)
+        for version in sorted(versions, key=lambda item: item.version):
+            key = (study, version.version)
+            if _is_of_queue(version) and key not in self._queue_told:
+                self._tell_queue_version(version)
+                self._queue_told.add(key)
+        self._tell_queues_end(study, versions)
+        self._tell_aliases(study, versions)
+
+    def _tell_queue_version(self, version: VersionAnswer) -> None:
+        """A queue is one run in MLflow, each of its versions one step."""
+        queue = str(version.run_id)
+        path = f"{API}/studies/{version.study}/queue/contributions"
+        rows = self._gateway.get(path, version=version.version, limit=MAX_CONTRIBUTIONS)
+        lineage = [QueueContributionAnswer.model_validate(row) for row in reversed(rows)]
+        tags = {"medhive.spec_hash": version.manifest.body.spec_hash or "", NOTE: QUEUE_NOTE}
+        mlflow_id = self._run_named(queue, version.study, version.created_at, tags)
+        self._log_values(mlflow_id, queue_values(version, lineage))
+        lines = [row.model_dump(mode="json") for row in lineage]
+        self._log_text(mlflow_id, f"v{version.version}.json", json.dumps(lines, indent=1), "lineage")
+        self._register(mlflow_id, version, f"v{version.version}")
+        self._open_queues[version.study] = (queue, mlflow_id)
+        log.info("tracking.version-told", study=version.study, version=version.version, queue=queue)
+
+    def _tell_queues_end(self, study: str, versions: Sequence[VersionAnswer]) -> None:
+        if study not in self._open_queues:
+            return
+        queue, mlflow_id = self._open_queues[study]
+        try:
+            is_open = self._gateway.get(f"{API}/studies/{study}/queue")["id"] == queue
+        except NotFound:
+            is_open = False
+        if not is_open:
+            last = max(version.created_at for version in versions if version.run_id == queue)
+            self._mlflow.set_terminated(mlflow_id, STATUS[RunState.COMPLETED], _milliseconds(last))
+            del self._open_queues[study]
+
+    def _versions(self, study: str) -> list[VersionAnswer]:
         rows = self._gateway.get(f"{API}/studies/{study}/versions")
-        versions = [VersionAnswer.model_validate(row) for row in rows if row["version"] > 0]
+        return [VersionAnswer.model_validate(row) for row in rows if row["version"] > 0]
+
+    def _tell_aliases(self, study: str, versions: Sequence[VersionAnswer]) -> None:
         wanted = _aliases(versions)
         if self._aliases_told.get(study) == wanted:
             return
@@ -436,6 +499,24 @@ def round_values(item: RoundAnswer) -> list[Value]:
             own = {**site.metrics, "training_s": site.training_s, "examples": site.examples, "bytes_up": site.bytes_up}
             figures |= {f"site/{site.site}/{name}": value for name, value in own.items()}
     return [Value(name, value, at, _step(name, item.number)) for name, value in figures.items()]
+
+
+def queue_values(version: VersionAnswer, lineage: Sequence[QueueContributionAnswer]) -> list[Value]:
+    """Everything that is told of one version of a queue, with the version's own time and number."""
+    figures: dict[str, float] = {
+        "contributions": len(lineage),
+        "examples": sum(row.examples for row in lineage),
+        "staleness": max((row.staleness or 0 for row in lineage), default=0),
+        **version.metrics,
+    }
+    values = [Value(name, value, version.created_at, version.version) for name, value in figures.items()]
+    for row in lineage:
+        own = {**row.metrics, "weight": row.weight or 0.0, "staleness": row.staleness or 0, "examples": row.examples}
+        for name, value in own.items():
+            # What a site says of the weights that it began from is told of the version that they are.
+            step = row.base_version if name.startswith("val_") else version.version
+            values.append(Value(f"site/{row.site}/{name}", value, row.received_at, step))
+    return values
 
 
 def _counts(item: RoundAnswer) -> dict[str, float]:
@@ -512,9 +593,14 @@ def version_note(version: VersionAnswer) -> str:
     """What a registered version's page says."""
     body = version.manifest.body
     where = ", ".join(body.sites) or "no site"
-    note = f"Version {version.version} of {version.study}: {body.rounds} rounds on {body.examples} examples at {where}."
+    made = "an average of a queue's contributions" if _is_of_queue(version) else f"{body.rounds} rounds"
+    note = f"Version {version.version} of {version.study}: {made} on {body.examples} examples at {where}."
     accuracy = version.metrics.get("val_accuracy")
     return note if accuracy is None else f"{note} Accuracy on the sites' validation parts: {accuracy:.4f}."
+
+
+def _is_of_queue(version: VersionAnswer) -> bool:
+    return (version.run_id or "").startswith(QUEUE_PREFIX)
 
 
 def model_name(study: str) -> str:
@@ -557,14 +643,14 @@ def track(settings: ServerSettings, stopped: threading.Event) -> None:
 
 def _loop(tracker: Tracker, stopped: threading.Event) -> None:
     wait = PASS_S
-    aliases_in = 0.0
+    studies_in = 0.0
     while not stopped.wait(wait):
         try:
             tracker.step()
-            aliases_in -= PASS_S
-            if aliases_in <= 0:
-                tracker.tell_all_aliases()
-                aliases_in = ALIASES_S
+            studies_in -= PASS_S
+            if studies_in <= 0:
+                tracker.tell_studies()
+                studies_in = STUDIES_S
         except MedHiveError as error:
             if wait == PASS_S:
                 log.warning("tracking.away", reason=str(error))

@@ -13,7 +13,7 @@ from api_gateway.http import BlobDigest, CallDep, StrictRoute
 from api_gateway.routes.blobs import BINARY, content_length, received
 from api_gateway.runs import MAX_NUMBER
 from api_gateway.sealed import opener_of, require_sealed, sealed_answer
-from api_gateway.work import ANYBODY, PEOPLE_AND_SITES, Call, Work
+from api_gateway.work import ANYBODY, Call, Work
 from medhive.consent import Consent
 from medhive.errors import InvalidInput, NotFound
 from medhive.queues import (
@@ -199,7 +199,7 @@ def clear(study: StudyName, body: Reason, call: CallDep) -> QueueStatus:
 @router.get("/studies/{study}/queue/executions")
 def list_executions(study: StudyName, call: CallDep, limit: Limit = 200) -> list[ExecutionAnswer]:
     """The averages, newest first."""
-    with call.read(*PEOPLE_AND_SITES) as work:
+    with call.read(*ANYBODY) as work:
         return executions.listed(work, study, limit)
 
 
@@ -208,7 +208,7 @@ def list_contributions(
     study: StudyName, call: CallDep, version: VersionFilter = None, limit: Limit = 200
 ) -> list[QueueContributionAnswer]:
     """Contributions, newest first, of one version its lineage; a hospital sees its own."""
-    with call.read(*PEOPLE_AND_SITES) as work:
+    with call.read(*ANYBODY) as work:
         return contributions.listed(work, study, version, limit)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
 import click
 
@@ -16,8 +16,6 @@ from medhive.consent import Consent
 from medhive.queues import QueueAnswer, QueueContributionAnswer, QueueStatus
 from medhive.states import ConsentState
 from medhive.terminal import Command, Terminal, duration, moment, pass_terminal, share, size
-
-QUEUE_PREFIX: Final = "QUEUE_"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any, Final
 import click
 
 from fl_client.cli.installation import open_site, open_source, signing_person
-from fl_client.cli.queues import QUEUE_PREFIX, agree, queue_details
+from fl_client.cli.queues import agree, queue_details
 from fl_client.consents import DEFAULT_VALIDITY, DataCheck, OpenRun, Sent, check_data, grant, open_runs
 from fl_client.consents import decline as decline_run
 from fl_client.consents import withdraw as withdraw_consent
@@ -16,7 +16,7 @@ from fl_client.requests import cancel_request, send_request
 from fl_client.site import Site
 from medhive.errors import InvalidInput, MedHiveError
 from medhive.follow import follow_request, follow_run
-from medhive.queues import QueueSpec
+from medhive.queues import QUEUE_PREFIX, QueueSpec
 from medhive.spec import RunSpec, build_options
 from medhive.states import RequestState, RunState
 from medhive.terminal import Advance, Command, Terminal, chosen_options, moment, pass_terminal, run_options
