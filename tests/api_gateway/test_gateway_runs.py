@@ -21,7 +21,7 @@ from medhive.errors import (
     NotFound,
 )
 from medhive.signing import SigningKey, sign
-from medhive.wire import API, RunAnswer
+from medhive.wire import API, RunAnswer, VersionAnswer
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +202,65 @@ def test_too_few_consents_let_the_run_expire(world: World) -> None:
     two.answer(run, "declined", reason="no capacity")
     ended = world.run(run.id)
     assert ended.state == "expired" and "1 consented, 2 are needed" in ended.reason
+
+
+def test_a_test_set_is_asked_for_consent_and_counts_for_nothing(world: World) -> None:
+    hospital, judge = world.hospital(), world.hospital(evaluates_only=True)
+    study = world.study(hospital, judge)
+    with pytest.raises(InvalidInput, match="1 sites; it could never begin"):
+        world.asked(study, min_sites=2)
+    run = world.asked(study)
+    assert {item.site: item.evaluates_only for item in run.consents} == {hospital.site: False, judge.site: True}
+    hospital.answer(run)
+    assert world.run(run.id).state == "consenting"
+    judge.answer(run)
+    assert world.run(run.id).state == "ready"
+    alone = world.asked(study)
+    judge.answer(alone)
+    hospital.answer(alone, "declined", reason="no capacity")
+    assert "0 consented, 1 are needed" in world.run(alone.id).reason
+    world.admin.post(f"{API}/runs/{run.id}/stop", {"reason": ""})
+
+
+def test_a_test_set_s_figures_stand_beside_the_sites_and_decide_nothing(world: World) -> None:
+    hospital, judge = world.hospital(), world.hospital(evaluates_only=True)
+    study = world.study(hospital, judge)
+    run = world.ready(study, hospital, judge)
+    lease = world.started(run)
+    path, digest = world.weights(7)
+    world.server.upload(f"{API}/runs/{run.id}/blobs/{digest}", path)
+    rows = {
+        "sites": [{"site": hospital.site, "answered": True, "examples": 30}],
+        "evaluators": [{"site": judge.site, "answered": True, "examples": 1000, "metrics": {"val_accuracy": 0.8}}],
+        "metrics": {"val_accuracy": 0.7, "test_accuracy": 0.8},
+    }
+    times = {"opened_at": datetime.now(UTC).isoformat(), "closed_at": datetime.now(UTC).isoformat()}
+    report = {"fence": lease.fence, "state": "closed", "weights_digest": digest, **times, **rows}
+    world.server.put(f"{API}/server/runs/{run.id}/rounds/1", report)
+    ended = world.complete(run, lease, digest, **rows)
+    version = VersionAnswer.model_validate(world.admin.get(f"{API}/studies/{study}/versions/{ended.version}"))
+    assert version.metrics["test_accuracy"] == 0.8
+    assert (version.manifest.body.sites, version.manifest.body.examples) == ((hospital.site,), 30)
+    assert [item.site for item in version.decisions] == [hospital.site]
+    # Each sees the figures of all together and its own; the admin everybody's.
+    for who, seen in ((hospital, []), (judge, [judge.site])):
+        shown = RunAnswer.model_validate(who.client.get(f"{API}/runs/{run.id}"))
+        (first,) = who.client.get(f"{API}/runs/{run.id}/rounds")
+        assert [item.site for item in shown.evaluators] == [item["site"] for item in first["evaluators"]] == seen
+        assert first["metrics"]["test_accuracy"] == shown.metrics["test_accuracy"] == 0.8
+    assert [item.site for item in world.run(run.id).evaluators] == [judge.site]
+    with pytest.raises(NotAllowed, match="decides on no version"):
+        judge.client.post(
+            f"{API}/studies/{study}/versions/{ended.version}/decisions", judge.decision(version, "accepted")
+        )
+
+
+def test_a_site_keeps_the_role_that_it_was_invited_for(world: World) -> None:
+    name = world.name("site")
+    world.invite(name, evaluates_only=True)
+    with pytest.raises(Conflict, match="to evaluate only"):
+        world.invite(name)
+    world.invite(name, evaluates_only=True)
 
 
 def test_the_deadline_decides_without_anybody_asking(world: World) -> None:

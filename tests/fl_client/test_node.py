@@ -292,6 +292,29 @@ def test_what_is_not_the_coordinators_is_refused(scene: Scene, ready: tuple[RunA
     assert len(node.all(TaskRefused)) == 6
 
 
+def test_a_test_set_is_judged_as_a_whole_and_nothing_else_is_done_with_it(scene: Scene, tmp_path: Path) -> None:
+    world, base = scene.world, scene.base
+    images = tmp_path / "brain"
+    make_images(images)
+    site = world.join("referee", "brain", data=tmp_path, evaluates_only=True)
+    assert site.identity.evaluates_only
+    run = world.run("brain", rounds=2, min_sites=1)
+    check = consents.check_data(site, scene.trainer, run.spec)
+    consents.grant(site, run, person="Dr. Ref", check=check)
+    consents.grant(scene.site, run, person="Dr. North", check=consents.check_data(scene.site, scene.trainer, run.spec))
+    world.lease(run)
+    digest = world.put(run, base)
+    weights = {"base_digest": digest, "base_size_bytes": size_of(base)}
+    with running(site, None, scene.trainer) as node:
+        judged = node.ask(world.task(run, "referee", TaskType.EVALUATE, 1, **weights))
+        kinds = (TRAIN, TaskType.INITIALISE, TaskType.STATISTICS)
+        refused = [node.ask(world.task(run, "referee", kind, int(kind is TRAIN), **weights)) for kind in kinds]
+    assert judged.outcome == "ok"
+    assert judged.examples == sum(map(sum, judged.confusion)) == check.examples == len(list(images.glob("*/*")))
+    world.admin.delete(f"{API}/studies/brain/members/referee")  # else the runs of other tests wait for its consent
+    assert {(item.outcome, item.reason_code) for item in refused} == {("refused", "evaluates-only")}
+
+
 def test_no_task_without_an_own_consent(scene: Scene) -> None:
     world = scene.world
     run = world.run("brain", rounds=2, min_sites=1)

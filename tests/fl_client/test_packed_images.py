@@ -64,7 +64,7 @@ def test_each_form_gives_the_same_images(tmp_path: Path, kind: str) -> None:
     data = StudyData(classes=("cat", "dog"), options={"image_size": 32, "channels": 3})
     assert study_of_folder(tmp_path / "data").classes == ("cat", "dog")
     assert check_data("image-folder", tmp_path / "data", data, b"secret").examples == 30
-    for subset, places in (("train", range(30)), ("test", range(30, COUNT))):
+    for subset, places in (("train", range(30)), ("test", range(30, COUNT)), ("judge", range(30, COUNT))):
         local = LocalOptions(subset=subset)  # type: ignore[arg-type]
         workspace: Any = load_task("image-folder").open(tmp_path / "data", data, b"secret", local=local)
         seen = workspace.pixels(torch.arange(len(places))).numpy()
@@ -75,7 +75,7 @@ def test_each_form_gives_the_same_images(tmp_path: Path, kind: str) -> None:
 def test_without_names_classes_are_numbers_and_without_marks_all_is_trained_on(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", images=IMAGES[..., 0], labels=LABELS)
     assert packed_classes(tmp_path) == ("0", "1")
-    assert len(list(read_packed(tmp_path, "train"))) == COUNT
+    assert len(list(read_packed(tmp_path, "train"))) == len(list(read_packed(tmp_path, "judge"))) == COUNT
     assert not list(read_packed(tmp_path, "test"))
     data = StudyData(classes=("0", "1"), options={"image_size": 32, "channels": 3})
     assert check_data("image-folder", tmp_path / "set.npz", data, b"secret").examples == COUNT

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from round_world import CLASSES, DEADLINE_S, Crash, DictDesk, DictExchange, Hospital, World, replayed
 
-from fl_server.collect import SILENCE_S
+from fl_server.collect import EVALUATOR_PATIENCE_S, SILENCE_S
 from fl_server.flower import Reply, ReplyError
 from fl_server.gateway import RunOver
 from medhive.envelope import ContributionBody, TaskBody, TaskType, to_bytes
@@ -647,3 +647,96 @@ def test_base_weights_that_are_not_finite_fail_the_run(tmp_path: Path) -> None:
     end = world.run()
     assert end.state == "failed"
     assert "NaN" in end.reason
+
+
+# ---- a site that only evaluates --------------------------------------------------------------------------------------
+
+
+def with_a_test_set(world: World, name: str) -> World:
+    """The same where this site is asked for its judgement alone."""
+    consents = tuple(item.model_copy(update={"evaluates_only": item.site == name}) for item in world.desk.run.consents)
+    world.desk.change(consents=consents)
+    return world
+
+
+def test_a_test_set_is_judged_each_round_beside_the_sites_and_gives_nothing(tmp_path: Path) -> None:
+    world = with_a_test_set(World(tmp_path), "c")
+    end = world.run()
+    for number in (1, 2, 3):
+        report = world.desk.reported[number]
+        assert world.asked(TRAIN, number) == ["a", "b"]
+        assert [site.site for site in report.sites] == ["a", "b"]
+        assert [(site.site, site.answered) for site in report.evaluators] == [("c", True)]
+        # 6 and 7 of 10 at those that train, 8 of 10 in the test set: neither is in the other's mean.
+        assert report.metrics["val_accuracy"] == pytest.approx(0.65)
+        assert report.metrics["test_accuracy"] == pytest.approx(0.8)
+        assert "test_train_loss" not in report.metrics
+    assert [world.asked(EVALUATE, number).count("c") for number in (1, 2, 3)] == [1, 1, 2]
+    assert (end.state, world.sites["c"].trained) == ("completed", [])
+    assert (end.metrics["val_accuracy"], end.metrics["test_accuracy"]) == (pytest.approx(0.65), pytest.approx(0.8))
+    assert ([site.site for site in end.sites], [site.site for site in end.evaluators]) == (["a", "b"], ["c"])
+    assert end.confusion == [[13, 7], [0, 0]]
+    alone = World(tmp_path / "alone", names=("a", "b"))
+    assert alone.run().digest == end.digest
+
+
+def test_a_test_set_is_asked_for_no_weights_and_no_sums(tmp_path: Path) -> None:
+    table = TableFormat(columns=(Column(name="age"), Column(name="ill")), label=LabelColumn(name="ill"))
+    world = World(tmp_path, {"rounds": 1}, data=StudyData(classes=CLASSES, table=table), based=False)
+    with_a_test_set(world, "c")
+    for hospital in world.desk.hospitals:
+        hospital.statistics = {"count": [float(hospital.examples)]}
+    world.run()
+    assert world.asked(STATISTICS, 0) == world.asked(INITIALISE, 0) == ["a", "b"]
+    assert world.desk.statistics == {"count": [30.0]}
+
+
+def test_a_test_set_does_not_count_for_the_fewest_sites(tmp_path: Path) -> None:
+    world = with_a_test_set(World(tmp_path, {"min_sites": 3}), "c")
+    end = world.run()
+    assert end.state == "failed"
+    assert "3 are needed" in end.reason
+    assert world.asked(EVALUATE, 1) == []
+
+
+def test_a_test_set_does_not_keep_a_round_waiting_that_has_too_few_sites(tmp_path: Path) -> None:
+    world = with_a_test_set(World(tmp_path), "c")
+    world.sites["a"].changes[TRAIN, 1] = failed
+    world.sites["b"].changes[TRAIN, 1] = silence
+    assert world.run().state == "failed"
+    assert world.desk.reported[1].seconds < DEADLINE_S / 2
+
+
+def test_a_round_goes_on_without_a_test_set_that_says_nothing(tmp_path: Path) -> None:
+    world = with_a_test_set(World(tmp_path, {"rounds": 2}), "c")
+    for number in (1, 2):
+        world.sites["c"].changes[EVALUATE, number] = silence
+    end = world.run()
+    assert end.state == "completed"
+    report = world.desk.reported[1]
+    assert [site.dropped for site in report.evaluators] == ["it had not begun to evaluate when all others were done"]
+    assert report.seconds < EVALUATOR_PATIENCE_S + 2
+    assert "test_accuracy" not in report.metrics
+    assert [site.dropped for site in report.sites] == [None, None]
+    # Two rounds and the final evaluation: none of them waits for the deadline.
+    assert world.clock.seconds < 3 * (EVALUATOR_PATIENCE_S + 2)
+
+
+def test_a_test_set_that_is_at_work_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
+    world = with_a_test_set(World(tmp_path, {"rounds": 1}), "c")
+    world.sites["c"].changes[EVALUATE, 1] = silence
+    world.desk.on_look = lambda desk: desk.act("c", 1, Activity.EVALUATING)
+    world.run()
+    report = world.desk.reported[1]
+    assert report.seconds >= DEADLINE_S
+    assert str(report.evaluators[0].dropped).startswith("late:")
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_crash_beside_a_test_set_changes_no_bit(tmp_path: Path, where: str) -> None:
+    world, calm = (with_a_test_set(World(tmp_path / name), "c") for name in ("crashing", "calm"))
+    setattr(world.desk, f"crash_{where}", 2)
+    with pytest.raises(Crash):
+        world.run()
+    assert world.run().digest == calm.run().digest
+    assert world.sites["c"].trained == []

@@ -354,10 +354,10 @@ class World:
         body = {"site": site, "studies": list(studies), **more}
         return str(self.admin.post(f"{API}/invites", body)["token"])
 
-    def hospital(self, *studies: str) -> Hospital:
+    def hospital(self, *studies: str, **more: Any) -> Hospital:
         """A site that has joined."""
         site = self.name("site")
-        token = self.invite(site, studies)
+        token = self.invite(site, studies, **more)
         key, node_key = SigningKey.generate(), ec.generate_private_key(ec.SECP384R1())
         with self.gateway.client() as client:
             body = join_body(self.coordinator, site, token, key, node_key)

@@ -182,11 +182,11 @@ class World:
         answer = self.admin.post(f"{API}/invites", {"site": name, "studies": list(studies), **more})
         return str(answer["token"])
 
-    def join(self, name: str, *studies: str, data: Path | None = None) -> Site:
+    def join(self, name: str, *studies: str, data: Path | None = None, **more: Any) -> Site:
         """Invite a hospital and let it join."""
         settings = self.settings(name, data)
         fix_split(settings.state_dir, name)
-        outcome: JoinOutcome = join_site(settings, self.invite(name, *studies))
+        outcome: JoinOutcome = join_site(settings, self.invite(name, *studies, **more))
         assert outcome.fresh
         return self.open(settings)
 

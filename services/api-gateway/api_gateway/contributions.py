@@ -17,7 +17,7 @@ from api_gateway.events import Kind
 from api_gateway.models import ContributionRow, Queue, Version
 from api_gateway.work import Call, Work
 from medhive.contribution import ContributionLimits, NormTooLarge, NotFinite, check_contribution
-from medhive.errors import BadSignature, InvalidInput, MedHiveError, NotFound
+from medhive.errors import BadSignature, InvalidInput, MedHiveError, NotAllowed, NotFound
 from medhive.packing import CorruptWeights, WeightsFile, WrongLayout
 from medhive.queues import (
     ContributionState,
@@ -102,6 +102,8 @@ def begin(work: Work, contribution: QueueContribution, part: Part) -> Path:
 
 def _admitted(work: Work, queue: Queue, body: QueueContributionBody) -> Version:
     """The base version of a contribution that the queue would take now."""
+    if work.site(body.site).evaluates_only:
+        raise NotAllowed(f"The site {body.site} only evaluates; it gives nothing to a queue.", site=body.site)
     queues.require_consent(work, queue, body.site, more=1)
     newest, base = versions.newest(work, queue.study), versions.find(work, queue.study, body.base_version)
     if newest is None or base is None or not base.bytes_kept:

@@ -126,7 +126,8 @@ def _check_report(work: Work, run: Run, round_number: int, body: RoundReport) ->
         raise InvalidInput(f"RUN_{run.id} has {rounds} rounds, not {round_number}.", round=round_number)
     if not (0 <= body.bytes_down <= MAX_FIGURE and 0 <= body.bytes_up <= MAX_FIGURE):
         raise InvalidInput("The bytes of a round are out of range.")
-    _require_asked(work, run, {item.site for item in body.sites} | {item.site for item in body.refusals})
+    named = {item.site for item in (*body.sites, *body.evaluators)}
+    _require_asked(work, run, named | {refusal.site for refusal in body.refusals})
     if body.weights_digest:
         blobs.make_global(work, run, body.weights_digest)
 
@@ -145,13 +146,13 @@ def _record_round(work: Work, run: Run, round_number: int, body: RoundReport, kn
         run.updated_at = work.now
         return
     _record_refusals(work, run, round_number, body.refusals)
-    for site in body.sites:
+    for site in (*body.sites, *body.evaluators):
         if site.dropped:
             runs.record(work, run, Kind.SITE_DROPPED, site=site.site, round=round_number, reason=site.dropped)
     kind = Kind.ROUND_CLOSED if body.state is RoundState.CLOSED else Kind.ROUND_FAILED
     answered = sum(site.answered and not site.dropped for site in body.sites)
     facts: dict[str, Any] = {"answered": answered, "addressed": len(body.sites), "seconds": body.seconds}
-    shown = {name: body.metrics[name] for name in ("val_accuracy", "val_loss") if name in body.metrics}
+    shown = {name: body.metrics[name] for name in ("val_accuracy", "val_loss", "test_accuracy") if name in body.metrics}
     runs.record(work, run, kind, round=round_number, metrics=shown, **facts)
 
 

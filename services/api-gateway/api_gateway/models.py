@@ -80,6 +80,7 @@ class Site(Base):
     consent_key_id: Mapped[str | None] = mapped_column(Text)
     node_id: Mapped[str | None] = mapped_column(Text)
     node_online: Mapped[bool] = mapped_column(default=False)
+    evaluates_only: Mapped[bool] = mapped_column(default=False)
 
 
 class Invite(Base):

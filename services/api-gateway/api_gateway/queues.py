@@ -181,7 +181,7 @@ def execution(work: Work, queue: Queue) -> Execution | None:
 
 def to_answer(work: Work, queue: Queue) -> QueueAnswer:
     """The queue on the wire; a hospital sees its own consent."""
-    members = [site.name for site in work.active_members(queue.study)]
+    members = [site.name for site in work.training_members(queue.study)]
     if not work.caller.sees_all:
         members = [work.own_site()]
     newest = versions.newest(work, queue.study)

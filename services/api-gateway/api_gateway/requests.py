@@ -6,7 +6,7 @@ from sqlalchemy import func, select
 
 from api_gateway import runs, studies
 from api_gateway.events import Kind
-from api_gateway.models import Member, Run, TrainingRequest, Version
+from api_gateway.models import Member, Run, Site, TrainingRequest, Version
 from api_gateway.work import Work, transition
 from medhive.errors import Conflict, InvalidInput, NotAllowed, NotFound
 from medhive.spec import RunSpec, StudyData
@@ -19,13 +19,13 @@ def send(work: Work, body: NewRequest) -> RequestAnswer:
 
     Raises:
         NotFound: no such study, or no such version to start from.
-        InvalidInput: an option is out of range, or more sites are asked for than the study has.
+        InvalidInput: an option is out of range, or more sites are asked for than the study has to train.
     """
     study = work.study(body.study)
     options = studies.checked_options(study.task, study.defaults, body.options)
-    invited = work.session.execute(
-        select(func.count()).select_from(Member).where(Member.study == study.name)
-    ).scalar_one()
+    training = select(func.count()).select_from(Member).join(Site, Site.name == Member.site)
+    training = training.where(Member.study == study.name, Site.evaluates_only.is_(False))
+    invited = work.session.execute(training).scalar_one()
     if options.min_sites > invited:
         raise InvalidInput(
             f"min_sites is {options.min_sites}, but the study {study.name} has {invited} sites; it could never begin.",
@@ -118,7 +118,7 @@ def approve(work: Work, number: int, reason: str) -> RequestAnswer:
 
 
 def _require_possible(work: Work, spec: RunSpec) -> None:
-    joined = len(work.active_members(spec.study))
+    joined = len(work.training_members(spec.study))
     if joined < spec.options.min_sites:
         raise Conflict(
             f"The run needs {spec.options.min_sites} sites, but {joined} of the study {spec.study} have joined.",

@@ -18,6 +18,7 @@ from api_gateway.models import (
     Member,
     Round,
     Run,
+    Site,
     TrainingRequest,
     Version,
 )
@@ -116,8 +117,10 @@ def settle(work: Work, run: Run) -> None:
     if run.state != RunState.CONSENTING:
         return
     work.session.flush()
-    states = list(work.session.scalars(select(ConsentRow.state).where(ConsentRow.run_id == run.id)))
-    pending, granted = states.count(ConsentState.PENDING), states.count(ConsentState.GRANTED)
+    query = select(ConsentRow.state, Site.evaluates_only).join(Site, Site.name == ConsentRow.site)
+    states = list(work.session.execute(query.where(ConsentRow.run_id == run.id)))
+    pending = sum(state == ConsentState.PENDING for state, _ in states)
+    granted = sum(state == ConsentState.GRANTED and not evaluates_only for state, evaluates_only in states)
     overdue = run.consent_deadline <= work.now
     if pending and not overdue:
         return
@@ -259,6 +262,7 @@ def consent_answer(work: Work, row: ConsentRow) -> ConsentAnswer:
     return ConsentAnswer(
         site=row.site,
         state=ConsentState(row.state),
+        evaluates_only=_evaluates_only(work, row),
         consent=Consent.model_validate(row.document) if row.document else None,
         consent_public_key=work.consent_key(row.site).text,
         answered_at=row.answered_at,
@@ -335,7 +339,7 @@ def to_answer(work: Work, run: Run, *, brief: bool = False) -> RunAnswer:
         version=run.version,
         mlflow_run_id=run.mlflow_run_id,
         updated_at=run.updated_at,
-        consents=tuple(_brief(row) if brief else consent_answer(work, row) for row in rows),
+        consents=tuple(_brief(work, row) if brief else consent_answer(work, row) for row in rows),
         activity=() if brief else tuple(activities(work, run)),
         **({} if brief else _ending(work, run)),
     )
@@ -345,14 +349,25 @@ def _ending(work: Work, run: Run) -> dict[str, Any]:
     """What the sites said of the final weights; a hospital sees the global figures and its own."""
     if run.end_report is None:
         return {}
-    end = {name: run.end_report[name] for name in ("metrics", "confusion", "sites")}
+    # A report of an older version knows nothing of evaluators.
+    end = {name: run.end_report.get(name, []) for name in ("metrics", "confusion", "sites", "evaluators")}
     if not work.caller.sees_all:
-        end["sites"] = [site for site in end["sites"] if site["site"] == work.caller.site]
+        for name in ("sites", "evaluators"):
+            end[name] = [site for site in end[name] if site["site"] == work.caller.site]
     return end
 
 
-def _brief(row: ConsentRow) -> ConsentAnswer:
-    return ConsentAnswer(site=row.site, state=ConsentState(row.state), answered_at=row.answered_at)
+def _brief(work: Work, row: ConsentRow) -> ConsentAnswer:
+    return ConsentAnswer(
+        site=row.site,
+        state=ConsentState(row.state),
+        evaluates_only=_evaluates_only(work, row),
+        answered_at=row.answered_at,
+    )
+
+
+def _evaluates_only(work: Work, row: ConsentRow) -> bool:
+    return work.session.get_one(Site, row.site).evaluates_only
 
 
 def base_digest(work: Work, run: Run) -> str | None:
@@ -374,6 +389,7 @@ def _round_answer(work: Work, row: Round) -> RoundAnswer:
         return answer
     own = {
         "sites": tuple(site for site in answer.sites if site.site == work.caller.site),
+        "evaluators": tuple(site for site in answer.evaluators if site.site == work.caller.site),
         "refusals": tuple(refusal for refusal in answer.refusals if refusal.site == work.caller.site),
     }
     return answer.model_copy(update=own)

@@ -84,10 +84,10 @@ def invite(work: Work, body: NewInvite) -> InviteAnswer:
     """Make a one-time invite; its token, which holds a key to sign the join with, is in this answer alone.
 
     Raises:
-        Conflict: a site of that name has joined already, was revoked or has left.
+        Conflict: a site of that name has joined already, was revoked or has left, or was invited to the other role.
         NotFound: a study does not exist.
     """
-    _require_free(work, body.site)
+    _require_free(work, body.site, evaluates_only=body.evaluates_only)
     for study in body.studies:
         if work.session.get(Study, study) is None:
             raise NotFound(f"There is no study {study}.", study=study)
@@ -103,28 +103,33 @@ def invite(work: Work, body: NewInvite) -> InviteAnswer:
     work.session.flush()
     work.record(Kind.INVITE_CREATED, f"site {body.site}", invite=row.id, expires_at=row.expires_at.isoformat())
     parts = (TOKEN_PREFIX, _text(seed), _text(work.gateway.key.public.raw), work.gateway.widest_trust)
-    return _invite_answer(row, ".".join(parts))
+    return _invite_answer(work, row, ".".join(parts))
 
 
 def _text(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
-def _require_free(work: Work, name: str) -> None:
+def _require_free(work: Work, name: str, *, evaluates_only: bool) -> None:
     site = work.session.get(Site, name)
     if site is None:
-        work.session.add(Site(name=name, state=SiteState.INVITED, created_at=work.now, node_online=False))
+        facts = {"node_online": False, "evaluates_only": evaluates_only}
+        work.session.add(Site(name=name, state=SiteState.INVITED, created_at=work.now, **facts))
         work.session.flush()
     elif site.state == SiteState.ACTIVE:
         raise Conflict(f"A site named {name} has joined already; choose another name.", site=name)
     elif site.state != SiteState.INVITED:
         raise Conflict(f"The site {name} is {site.state}; its name cannot be used again, choose another.", site=name)
+    elif site.evaluates_only != evaluates_only:
+        # Members and invites that are out already count on it.
+        role = "to evaluate only" if site.evaluates_only else "to train"
+        raise Conflict(f"The site {name} was invited {role}; choose another name for the other.", site=name)
 
 
 def invites(work: Work) -> list[InviteAnswer]:
     """All invites that were not withdrawn, newest first."""
     query = select(Invite).where(Invite.withdrawn_at.is_(None)).order_by(Invite.id.desc())
-    return [_invite_answer(row) for row in work.session.scalars(query)]
+    return [_invite_answer(work, row) for row in work.session.scalars(query)]
 
 
 def withdraw_invite(work: Work, number: int) -> None:
@@ -142,11 +147,12 @@ def withdraw_invite(work: Work, number: int) -> None:
     work.record(Kind.INVITE_WITHDRAWN, f"site {row.site}", invite=number)
 
 
-def _invite_answer(row: Invite, token: str | None = None) -> InviteAnswer:
+def _invite_answer(work: Work, row: Invite, token: str | None = None) -> InviteAnswer:
     return InviteAnswer(
         id=row.id,
         site=row.site,
         studies=tuple(row.studies),
+        evaluates_only=work.session.get_one(Site, row.site).evaluates_only,
         created_at=row.created_at,
         expires_at=row.expires_at,
         used_at=row.used_at,
@@ -205,6 +211,7 @@ def _admit(work: Work, body: Join) -> JoinAnswer:
         coordinator=coordinator(work.gateway),
         fleet_address=work.gateway.fleet_address(),
         token=token,
+        evaluates_only=site.evaluates_only,
     )
 
 
@@ -364,6 +371,7 @@ def to_answer(work: Work, site: Site) -> SiteAnswer:
     return SiteAnswer(
         name=site.name,
         state=SiteState(site.state),
+        evaluates_only=site.evaluates_only,
         studies=tuple(work.session.scalars(studies)),
         joined_at=site.joined_at,
         last_seen_at=site.last_seen_at,

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from api_gateway import blobs
 from api_gateway.events import Kind
-from api_gateway.models import Blob, ContributionRow, DecisionRow, Member, Queue, Run, Study, Version
+from api_gateway.models import Blob, ContributionRow, DecisionRow, Member, Queue, Run, Site, Study, Version
 from api_gateway.work import Work, transition
 from medhive.consent import CLOCK_TOLERANCE
 from medhive.errors import BadSignature, Conflict, Expired, NotAllowed, NotFound
@@ -183,7 +183,7 @@ def _record(work: Work, version: Version, kind: Kind, site: str | None = None, *
 
 
 def make_candidate(work: Work, version: Version) -> None:
-    """Offer a version to all members; the candidate before it becomes released."""
+    """Offer a version to all members that train; the candidate before it becomes released."""
     query = select(Version).where(Version.study == version.study, Version.state == VersionState.CANDIDATE)
     for former in work.session.scalars(query).all():
         transition(work.session, Version.state, former, VersionState.RELEASED)
@@ -192,13 +192,17 @@ def make_candidate(work: Work, version: Version) -> None:
         VERSION_TRANSITIONS, VersionState(version.state), VersionState.CANDIDATE, f"Version {version.number}"
     )
     transition(work.session, Version.state, version, VersionState.CANDIDATE)
-    for site in work.session.scalars(select(Member.site).where(Member.study == version.study)).all():
+    members = select(Member.site).join(Site, Site.name == Member.site)
+    members = members.where(Member.study == version.study, Site.evaluates_only.is_(False))
+    for site in work.session.scalars(members).all():
         _ask(work, version, site)
     _record(work, version, Kind.VERSION_OFFERED)
 
 
 def await_decision_on_candidate(work: Work, study: str, site: str) -> None:
-    """A site that has just become a member is asked for the present candidate."""
+    """A site that has just become a member is asked for the present candidate; one that only evaluates uses none."""
+    if work.session.get_one(Site, site).evaluates_only:
+        return
     query = select(Version).where(Version.study == study, Version.state == VersionState.CANDIDATE)
     for version in work.session.scalars(query).all():
         _await(work, version, site)
@@ -304,12 +308,15 @@ def decide(work: Work, study: str, number: int, decision: Decision) -> VersionAn
     """Take a hospital's signed decision; the same one may be sent again, a later one changes it.
 
     Raises:
+        NotAllowed: the site only evaluates.
         BadSignature: another key, site, version or content.
         Expired: dated in the future, or older than the decision on record.
         Conflict: the version is held or retired.
         IllegalTransition: there is no such step from the decision on record.
     """
     version, site = get(work, study, number), work.own_site()
+    if work.site(site).evaluates_only:
+        raise NotAllowed(f"The site {site} only evaluates; it decides on no version.", site=site)
     body = _checked(work, version, site, decision)
     _await(work, version, site)
     work.session.flush()

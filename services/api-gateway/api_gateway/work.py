@@ -237,6 +237,10 @@ class Work:
         query = query.where(Member.study == study, Site.state == SiteState.ACTIVE).order_by(Site.name)
         return list(self.session.scalars(query))
 
+    def training_members(self, study: str) -> list[Site]:
+        """The same without those that only evaluate."""
+        return [site for site in self.active_members(study) if not site.evaluates_only]
+
 
 def transition(session: Session, column: InstrumentedAttribute[str], row: Base, new: str) -> None:
     """Change a row's state from what was read to `new`, unless somebody else was first.

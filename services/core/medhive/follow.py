@@ -213,7 +213,9 @@ def _state_line(run: RunAnswer) -> str:
     if run.state is RunState.COMPLETED and run.version is not None:
         line += f": version {run.version} of {run.study}"
         line += "".join(
-            f", {name} {run.metrics[name]:.4f}" for name in ("val_accuracy", "val_loss") if name in run.metrics
+            f", {name} {run.metrics[name]:.4f}"
+            for name in ("val_accuracy", "val_loss", "test_accuracy")
+            if name in run.metrics
         )
     return f"{line}: {run.reason}" if run.reason else line
 

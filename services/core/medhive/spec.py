@@ -79,6 +79,16 @@ class StudyData(Frozen):
     # The seed of version 0, the study's initial weights, which every member can make and check.
     initial_seed: int = Field(42, ge=0, lt=2**32)
 
+    def as_test_set(self) -> Self:
+        """The same where every example is for validation: how an evaluate-only site reads its data."""
+        # Shares that no study may have, so they are set without being checked.
+        return self.model_copy(update={"validation_share": 1.0, "heldout_share": 0.0})
+
+    @property
+    def needed_parts(self) -> tuple[Literal["train", "validation"], ...]:
+        """The parts that must not be empty: a test set has nothing to train on."""
+        return ("validation",) if self.validation_share == 1 else ("train", "validation")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len(set(self.classes)) != len(self.classes):

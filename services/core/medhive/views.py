@@ -20,7 +20,7 @@ from medhive.wire import (
 )
 
 # A hospital evaluates the weights that it is sent, before it trains them.
-BEFORE_A_ROUND: Final = ("val_accuracy", "val_loss", "val_macro_f1")
+BEFORE_A_ROUND: Final = ("val_accuracy", "val_loss", "val_macro_f1", "test_accuracy", "test_loss")
 
 
 def requests_table(terminal: Terminal, requests: Sequence[RequestAnswer]) -> None:
@@ -142,7 +142,9 @@ def run_details(terminal: Terminal, run: RunAnswer, rounds: Sequence[RoundAnswer
     )
     if run.consents:
         terminal.line()
-        consent_rows = [[item.site, item.state, moment(item.answered_at)] for item in run.consents]
+        consent_rows = [
+            [_with_role(item.site, item.evaluates_only), item.state, moment(item.answered_at)] for item in run.consents
+        ]
         terminal.table(["site", "consent", "answered"], consent_rows)
     if run.activity and not run.ended_at:
         terminal.line()
@@ -163,11 +165,17 @@ def run_details(terminal: Terminal, run: RunAnswer, rounds: Sequence[RoundAnswer
         rounds_table(terminal, rounds, run.metrics)
     if run.sites:
         terminal.line()
+        named = [*((item.site, item) for item in run.sites)]
+        named += [(_with_role(item.site, True), item) for item in run.evaluators]
         site_rows = [
-            [item.site, item.examples, share(item.metrics.get("val_accuracy")), share(item.metrics.get("val_loss"))]
-            for item in run.sites
+            [name, item.examples, share(item.metrics.get("val_accuracy")), share(item.metrics.get("val_loss"))]
+            for name, item in named
         ]
         terminal.table(["final weights at", "examples>", "accuracy>", "loss>"], site_rows)
+
+
+def _with_role(site: str, evaluates_only: bool) -> str:
+    return f"{site} (evaluates only)" if evaluates_only else site
 
 
 def rounds_table(terminal: Terminal, rounds: Sequence[RoundAnswer], final: Mapping[str, float]) -> None:
@@ -178,8 +186,10 @@ def rounds_table(terminal: Terminal, rounds: Sequence[RoundAnswer], final: Mappi
         final: metrics of the weights after the last round; empty while the run goes on.
     """
     after = [*(item.metrics for item in rounds[1:]), final]
+    tests = ["test_accuracy"] if any("test_accuracy" in metrics for metrics in after) else []
+    head = ["round>", "state", "took>", "overhead>", "accuracy>", "loss>", *("test accuracy>" for _ in tests)]
     terminal.table(
-        ["round>", "state", "took>", "overhead>", "accuracy>", "loss>", "down>", "up>", "answered", "dropped"],
+        [*head, "down>", "up>", "answered", "dropped"],
         [
             [
                 item.number,
@@ -188,10 +198,11 @@ def rounds_table(terminal: Terminal, rounds: Sequence[RoundAnswer], final: Mappi
                 duration(item.overhead_s),
                 share(metrics.get("val_accuracy")),
                 share(metrics.get("val_loss")),
+                *(share(metrics.get(name)) for name in tests),
                 size(item.bytes_down),
                 size(item.bytes_up),
                 ", ".join(site.site for site in item.sites if site.answered and not site.dropped),
-                "; ".join(f"{site.site}: {site.dropped}" for site in item.sites if site.dropped),
+                "; ".join(f"{site.site}: {site.dropped}" for site in (*item.sites, *item.evaluators) if site.dropped),
             ]
             for item, metrics in zip(rounds, after, strict=False)
         ],
@@ -209,7 +220,7 @@ def round_line(item: RoundAnswer, rounds: int) -> str:
     if "train_loss" in item.metrics:
         parts.append(f"train_loss {item.metrics['train_loss']:.4f}")
     parts.append(duration(item.seconds))
-    parts += [f"dropped {site.site}: {site.dropped}" for site in item.sites if site.dropped]
+    parts += [f"dropped {site.site}: {site.dropped}" for site in (*item.sites, *item.evaluators) if site.dropped]
     parts += [f"refused in the name of {refusal.site}: {refusal.code}" for refusal in item.refusals]
     return f"round {item.number}/{rounds}: {', '.join(parts)}"
 
@@ -331,7 +342,7 @@ def sites_table(terminal: Terminal, sites: Iterable[SiteAnswer]) -> None:
         ["site", "state", "node", "studies", "joined", "last seen", "software", "address"],
         [
             [
-                item.name,
+                _with_role(item.name, item.evaluates_only),
                 item.state,
                 "online" if item.node_online else "offline",
                 ", ".join(item.studies),

@@ -150,6 +150,7 @@ class NewInvite(Frozen):
 
     site: Name
     studies: tuple[Name, ...] = ()
+    evaluates_only: bool = False
     expires_in_s: float = Field(7 * 24 * 3600, gt=0, le=90 * 24 * 3600)
 
 
@@ -159,6 +160,7 @@ class InviteAnswer(Answer):
     id: int
     site: str
     studies: tuple[str, ...]
+    evaluates_only: bool = False
     created_at: AwareDatetime
     expires_at: AwareDatetime
     used_at: AwareDatetime | None = None
@@ -199,6 +201,7 @@ class JoinAnswer(Answer):
     coordinator: CoordinatorAnswer
     fleet_address: str
     token: TokenAnswer
+    evaluates_only: bool = False
 
 
 class SiteTokenProof(SignedBody):
@@ -216,6 +219,7 @@ class SiteAnswer(Answer):
 
     name: str
     state: SiteState
+    evaluates_only: bool = False
     studies: tuple[str, ...] = ()
     joined_at: AwareDatetime | None = None
     last_seen_at: AwareDatetime | None = None
@@ -306,6 +310,7 @@ class ConsentAnswer(Answer):
 
     site: str
     state: ConsentState
+    evaluates_only: bool = False
     consent: Consent | None = None
     consent_public_key: str | None = None
     answered_at: AwareDatetime | None = None
@@ -353,7 +358,11 @@ class Refusal(Answer):
 
 
 class RoundFacts(BaseModel):
-    """What there is to say of a round: the aggregator reports it, everybody else reads it."""
+    """What there is to say of a round: the aggregator reports it, everybody else reads it.
+
+    `sites` are those that train; `evaluators` only judged the weights that the round began with. Metrics `test_*` are
+    theirs, all others those of `sites`.
+    """
 
     state: RoundState
     opened_at: AwareDatetime
@@ -364,6 +373,7 @@ class RoundFacts(BaseModel):
     bytes_up: int = 0
     metrics: dict[str, float] = Field(default_factory=dict)
     sites: tuple[SiteRound, ...] = ()
+    evaluators: tuple[SiteRound, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     weights_digest: Digest | None = None
 
@@ -401,6 +411,7 @@ class RunAnswer(Answer):
     metrics: dict[str, float] = Field(default_factory=dict)
     confusion: list[list[int]] = Field(default_factory=list)
     sites: tuple[SiteRound, ...] = ()
+    evaluators: tuple[SiteRound, ...] = ()
     consents: tuple[ConsentAnswer, ...] = ()
     activity: tuple[ActivityAnswer, ...] = ()
 
@@ -465,6 +476,7 @@ class RunEnd(Fenced):
     metrics: dict[str, float] = Field(default_factory=dict)
     confusion: list[list[int]] = Field(default_factory=list)
     sites: tuple[SiteRound, ...] = ()
+    evaluators: tuple[SiteRound, ...] = ()
     # What was refused since the last round's report: in the final evaluation, or in a round that ended without a report.
     refusals: tuple[Refusal, ...] = ()
     statistics: dict[str, list[float]] = Field(default_factory=dict)

@@ -16,7 +16,7 @@ from fl_client.site import Site
 from fl_client.store import GivenConsent
 from medhive.consent import covers_round
 from medhive.envelope import Contribution, ContributionBody, Task, TaskBody, TaskType
-from medhive.errors import BadSignature, Conflict, Expired, InvalidInput, MedHiveError, TooLarge
+from medhive.errors import BadSignature, Conflict, Expired, InvalidInput, MedHiveError, NotAllowed, TooLarge
 from medhive.signing import sign
 from medhive.version import PROTOCOL, require_compatible
 
@@ -30,6 +30,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
     {
         "bad-signature": "The task's signature does not hold, or it was made for another site or specification.",
         "not-allowed": "The site has not consented to this run, or no longer does.",
+        "evaluates-only": "The site only evaluates; it has no data to train on.",
         "expired": "The site's consent has expired.",
         "invalid-input": "The task does not fit the run that the site consented to.",
         "round-passed": "The site has gone on to a later round of this run.",
@@ -60,6 +61,12 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "wrong-optimiser-state": "The site's kept optimiser state is damaged.",
     }
 )
+
+
+class EvaluatesOnly(NotAllowed):
+    """A task that uses data for training, at a site whose data are a test set."""
+
+    code = "evaluates-only"
 
 
 class RoundPassed(Conflict):
@@ -96,6 +103,7 @@ def check_task(site: Site, task: Task, now: datetime) -> Order:
     Raises:
         BadSignature: not the coordinator's, or for another site or specification.
         NotAllowed, Expired: no consent covers it.
+        EvaluatesOnly: it is more than an evaluation, at a site that does nothing else.
         InvalidInput, TooLarge: it does not fit the run.
         RoundPassed, AlreadyTrained: its round lies behind.
         IncompatibleVersion: the sides do not understand each other.
@@ -106,6 +114,8 @@ def check_task(site: Site, task: Task, now: datetime) -> Order:
         raise BadSignature(f"The task is for the site {body.site}.", site=body.site)
     consent = valid_consent(site, body.run_id, now)
     _require_fitting(body, consent)
+    if site.identity.evaluates_only and body.type is not TaskType.EVALUATE:
+        raise EvaluatesOnly(f"This site only evaluates; {body.run_id} asks it for more ({body.type}).")
     if not covers_round(consent.signed.body, body.round, now):
         raise Expired(f"The consent to {body.run_id} does not cover round {body.round}.", round=body.round)
     order = Order(body, consent)

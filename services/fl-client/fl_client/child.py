@@ -207,7 +207,7 @@ class Trainer:
         task = load_task(source.task)
         report = task.check(
             source.data_dir,
-            source.data,
+            source.read_as,
             source.secret_file.read_bytes(),
             on_progress=self._reading(job),
             local=local_options(source),
@@ -342,7 +342,7 @@ class Trainer:
         source = job.source
         workspace = load_task(source.task).open(
             source.data_dir,
-            source.data,
+            source.read_as,
             source.secret_file.read_bytes(),
             device=job.device,
             on_progress=self._reading(job),
@@ -364,6 +364,7 @@ def local_options(source: Source) -> LocalOptions:
         labels_csv=source.labels_csv,
         cache_dir=source.cache_dir,
         cache_bytes=source.cache_bytes,
+        subset="judge" if source.evaluates_only else "train",
     )
 
 

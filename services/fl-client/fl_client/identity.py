@@ -175,6 +175,7 @@ class Identity:
     joined_at: str
     left: bool = False
     address_trust: str = AddressTrust.PINNED
+    evaluates_only: bool = False
     # The coordinator's keys before the present one, the newest last, and when the present one was followed.
     former_keys: tuple[str, ...] = ()
     key_since: str = ""
@@ -512,4 +513,5 @@ def _identity_from(answer: JoinAnswer, found: Introduced, addresses: tuple[str, 
         ca_pem="".join(found.authorities),
         joined_at=datetime.now(UTC).isoformat(),
         address_trust=found.address_trust,
+        evaluates_only=answer.evaluates_only,
     )

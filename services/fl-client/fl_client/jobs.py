@@ -47,8 +47,14 @@ class Source(Frozen):
     labels_csv: Path | None = None
     cache_dir: Path | None = None
     cache_bytes: int | None = None
+    evaluates_only: bool = False
     # Sums of all sites' training parts, where the task needs them.
     statistics: dict[str, list[float]] = Field(default_factory=dict)
+
+    @property
+    def read_as(self) -> StudyData:
+        """The study's description by which the data are read: an evaluate-only site's are a test set as a whole."""
+        return self.data.as_test_set() if self.evaluates_only else self.data
 
 
 class Plan(Frozen):

@@ -161,6 +161,7 @@ class Site:
             labels_csv=local.labels_csv,
             cache_dir=self.folder("cache"),
             cache_bytes=self.settings.cache_bytes,
+            evaluates_only=self.identity.evaluates_only,
             statistics=statistics or {},
         )
 

@@ -80,12 +80,15 @@ def sync_versions(site: Site, study: str, on_progress: Progress | None = None) -
     """Fetch what the coordinator offers to this site and does not lie here yet; note what it asks about (again).
 
     Returns:
-        What came, and what lies here and waits for a decision from now on.
+        What came, and what lies here and waits for a decision from now on; nothing at a site that only evaluates, which
+        uses none.
 
     Raises:
         BadSignature, DigestMismatch: a version is not what the coordinator signed.
         Unreachable: the coordinator does not answer.
     """
+    if site.identity.evaluates_only:
+        return []
     answers = sorted(site.gateway.versions(study), key=lambda item: item.version)
     arrivals = (_sync_version(site, answer, on_progress) for answer in answers)
     return [arrival for arrival in arrivals if arrival is not None]

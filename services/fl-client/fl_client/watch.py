@@ -272,8 +272,10 @@ class Watch:
 
     def _announce_end(self, run: RunAnswer, seen: KnownRun) -> None:
         if self._is_mine(run.id):
-            version = self._site.store.version(run.study, run.version) if run.version is not None else None
-            if run.version is not None and version is None:
+            # A site that only evaluates is offered none.
+            number = None if self._site.identity.evaluates_only else run.version
+            version = self._site.store.version(run.study, number) if number is not None else None
+            if number is not None and version is None:
                 self._ending[run.id] = run
                 return  # its file is still to come; the next look announces both
             metrics = version.manifest.body.metrics if version is not None else {}
@@ -286,7 +288,7 @@ class Watch:
                     reason=run.reason,
                     accuracy=metrics.get("val_accuracy"),
                     loss=metrics.get("val_loss"),
-                    version=run.version,
+                    version=number,
                     file=version.file if version is not None else None,
                 )
             )

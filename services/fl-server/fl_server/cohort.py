@@ -5,7 +5,7 @@ Pure decisions, without a clock or a network of their own, so that a resumed rou
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -39,6 +39,14 @@ class Present:
 
     sites: tuple[str, ...]
     left_out: Mapping[str, str]
+
+    def apart(self, evaluators: frozenset[str]) -> "tuple[Present, Present]":
+        """Those who train, and those who only evaluate."""
+        return self._only(lambda site: site not in evaluators), self._only(lambda site: site in evaluators)
+
+    def _only(self, wanted: Callable[[str], bool]) -> "Present":
+        left_out = {site: reason for site, reason in self.left_out.items() if wanted(site)}
+        return Present(tuple(filter(wanted, self.sites)), left_out)
 
 
 def standing(run: RunAnswer, nodes: Mapping[str, int], coordinator_key_ids: Sequence[str], now: datetime) -> Standing:

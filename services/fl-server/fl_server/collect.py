@@ -56,6 +56,8 @@ SILENCE_S = 30.0
 has a handful of messages to answer, not hundreds."""
 DOWNLOADS = 3
 """Updates fetched and checked at once: enough to fill two cores and a line, small enough to stay at a few MiB each."""
+EVALUATOR_PATIENCE_S = 30.0
+"""An evaluate-only site that has not said by then that it is at work holds nobody up, once all who train are done."""
 REASON_LENGTH = 300
 
 WAITING: Mapping[TaskType, frozenset[Activity]] = MappingProxyType(
@@ -183,8 +185,9 @@ class Watch:
 class Question:
     """What the sites of a cohort are asked.
 
-    `needed` is how many must answer; fewer possible ones end the wait. `base` is the file of the weights to begin from, and
-    `updates` the folder that takes what the sites make of them, where there are any: these two stay here.
+    `needed` is how many must answer; fewer possible ones end the wait. `evaluators` are only asked to evaluate, whatever
+    `type` is, and do not count for it. `base` is the file of the weights to begin from, and `updates` the folder that takes
+    what the sites make of them, where there are any: these two stay here.
     """
 
     type: TaskType
@@ -198,6 +201,7 @@ class Question:
     base_digest: str = ""
     base_size_bytes: int = 0
     statistics: Mapping[str, list[float]] = field(default_factory=dict)
+    evaluators: frozenset[str] = frozenset()
     base: Path | None = None
     updates: Path | None = None
 
@@ -205,7 +209,7 @@ class Question:
         """The task for one site."""
         return TaskBody(
             protocol=PROTOCOL,
-            type=self.type,
+            type=TaskType.EVALUATE if site in self.evaluators else self.type,
             run_id=self.run_id,
             study=self.study,
             site=site,
@@ -240,6 +244,14 @@ class Collected:
     def sort(self) -> "Collected":
         """The same in the order of names, whatever the order of arrival."""
         return Collected(dict(sorted(self.answers.items())), dict(sorted(self.dropped.items())))
+
+    def apart(self, evaluators: frozenset[str]) -> "tuple[Collected, Collected]":
+        """Those who train, and those who only evaluate."""
+        return self._only(lambda site: site not in evaluators), self._only(lambda site: site in evaluators)
+
+    def _only(self, wanted: Callable[[str], bool]) -> "Collected":
+        answers = {site: answer for site, answer in self.answers.items() if wanted(site)}
+        return Collected(answers, {site: reason for site, reason in self.dropped.items() if wanted(site)})
 
 
 @dataclass
@@ -405,6 +417,7 @@ class _Call:
             self._collect_checked()
             self._observe(self._by.watch.refresh())
             self._drop_late()
+            self._drop_idle_evaluators()
             self._remind_silent()
             self._ask_again()
             if self._seats or self._checking:
@@ -423,8 +436,8 @@ class _Call:
             self._by.exchange.forget(message_id)
 
     def _can_succeed(self) -> bool:
-        possible = len(self._collected.answers) + len(self._seats) + len(self._checking)
-        return possible >= self._question.needed
+        possible = {*self._collected.answers, *self._seats, *self._checking} - self._question.evaluators
+        return len(possible) >= self._question.needed
 
     # asking
 
@@ -550,11 +563,11 @@ class _Call:
     def _observe_activity(self, seat: _Seat, activity: ActivityAnswer | None) -> None:
         if activity is None:
             return
-        kind = self._question.type
+        kind = seat.task.type
         if activity.updated_at != seat.said_before and activity.activity in WAITING[kind] | BEGUN[kind]:
             seat.silent_until = None
-        seat.waiting = activity.activity in WAITING[self._question.type]
-        if seat.began_at is None and activity.activity in BEGUN[self._question.type]:
+        seat.waiting = activity.activity in WAITING[kind]
+        if seat.began_at is None and activity.activity in BEGUN[kind]:
             # Counted on this clock, from when it is seen: the hospital's and the gateway's clocks may be off.
             seat.began_at = self._by.clock.monotonic()
 
@@ -566,6 +579,15 @@ class _Call:
             since = "its training began" if seat.began_at is not None else "it was asked"
             waited = now - (seat.asked_at if seat.began_at is None else seat.began_at)
             self._drop(site, f"late: no answer {waited:.0f} s after {since}")
+
+    def _drop_idle_evaluators(self) -> None:
+        """Go on without those who only evaluate and show no sign of it, when all others are done."""
+        if not self._question.evaluators or {*self._seats, *self._checking} - self._question.evaluators:
+            return
+        overdue = self._by.clock.monotonic() - EVALUATOR_PATIENCE_S
+        for site, seat in list(self._seats.items()):
+            if seat.began_at is None and not seat.waiting and seat.asked_at <= overdue:
+                self._drop(site, "it had not begun to evaluate when all others were done")
 
     def _drop(self, site: str, reason: str) -> None:
         seat = self._seats.pop(site, None)

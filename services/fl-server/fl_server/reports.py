@@ -14,6 +14,10 @@ NOT_ADDRESSED = "not addressed: "
 """Begins the reason of a site that consented but could not be asked, which tells it from one that did not answer."""
 UPDATE_NORM = "update_norm"
 """L2 norm of a site's change, a figure of this service beside the site's own metrics."""
+OF_SITES, OF_TEST_SETS = "val_", "test_"
+"""How a metric begins that sites report of their validation parts, and how what evaluate-only sites report."""
+SHOWN = ("val_accuracy", "test_accuracy", "train_loss")
+"""What a line for people says of a round."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,9 @@ def round_report(
     state: RoundState,
     timing: Timing,
     sites: tuple[SiteRound, ...],
-    scores: Sequence[Scores],
-    classes: Sequence[str],
+    metrics: Mapping[str, float],
     *,
+    evaluators: tuple[SiteRound, ...] = (),
     base_size_bytes: int = 0,
     digest: str | None = None,
     refusals: tuple[Refusal, ...] = (),
@@ -70,14 +74,14 @@ def round_report(
         state: closed or failed.
         timing: of the whole round, from the first question to the stored result.
         sites: from `site_rounds`.
-        scores: of the sites that counted.
-        classes: of the study.
+        metrics: of all sites together.
+        evaluators: from `site_rounds`, those that only evaluate.
         base_size_bytes: what each site that answered had to fetch.
         digest: of the new global weights.
         refusals: what was refused, whoever it came from.
     """
     answered = [site for site in sites if site.answered]
-    slowest = max((site.training_s for site in answered), default=0.0)
+    slowest = max((site.training_s for site in (*answered, *evaluators)), default=0.0)
     return RoundReport(
         fence=0,
         state=state,
@@ -85,13 +89,25 @@ def round_report(
         closed_at=timing.closed_at,
         seconds=timing.seconds,
         overhead_s=max(0.0, timing.seconds - slowest),
-        bytes_down=base_size_bytes * len(answered),
+        bytes_down=base_size_bytes * (len(answered) + sum(site.answered for site in evaluators)),
         bytes_up=sum(site.bytes_up for site in answered),
-        metrics=pooled_metrics(scores, classes),
+        metrics=dict(metrics),
         sites=sites,
+        evaluators=evaluators,
         refusals=refusals,
         weights_digest=digest,
     )
+
+
+def metrics_of(trained: Sequence[Scores], judged: Sequence[Scores], classes: Sequence[str]) -> dict[str, float]:
+    """The metrics of the sites that train, and as `test_*` those of the evaluate-only sites; neither counts in the other."""
+    of_test_sets = pooled_metrics(judged, classes)
+    tests = {
+        OF_TEST_SETS + name.removeprefix(OF_SITES): value
+        for name, value in of_test_sets.items()
+        if name.startswith(OF_SITES)
+    }
+    return pooled_metrics(trained, classes) | tests
 
 
 def final_sites(last: RoundReport | None, judged: tuple[SiteRound, ...]) -> tuple[SiteRound, ...]:
@@ -124,9 +140,10 @@ def round_line(number: int, rounds: int, report: RoundReport) -> str:
     """`round 2/10: 3 of 3 sites answered, val_accuracy 0.91, 12.3 s`, and who was dropped why."""
     answered = sum(site.answered for site in report.sites)
     parts = [f"round {number}/{rounds}: {answered} of {len(report.sites)} sites answered"]
-    parts += [f"{name} {report.metrics[name]:.4g}" for name in ("val_accuracy", "train_loss") if name in report.metrics]
+    parts += [f"{name} {report.metrics[name]:.4g}" for name in SHOWN if name in report.metrics]
     parts.append(f"{report.seconds:.1f} s")
-    parts += [f"{site.site} dropped ({site.dropped})" for site in report.sites if site.dropped]
+    everybody = (*report.sites, *report.evaluators)
+    parts += [f"{site.site} dropped ({site.dropped})" for site in everybody if site.dropped]
     return ", ".join(parts)
 
 

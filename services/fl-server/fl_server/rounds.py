@@ -29,12 +29,13 @@ from fl_server.collect import (
 )
 from fl_server.flower import RunStopped
 from fl_server.gateway import MAX_WEIGHTS_BYTES, Desk, LeaseLost, RunOver, closed_rounds
-from fl_server.pooling import Scores, pooled_metrics, pooled_statistics
+from fl_server.pooling import Scores, pooled_statistics
 from fl_server.reports import (
     Timing,
     confusion_of,
     end_line,
     final_sites,
+    metrics_of,
     round_line,
     round_report,
     scores_of,
@@ -122,6 +123,14 @@ class _Opened:
     since: float
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What evaluate-only sites said of a round's base: each one's row, and the scores of those that answered."""
+
+    rows: tuple[SiteRound, ...]
+    scores: Sequence[Scores]
+
+
 class RunLoop:
     """Works through one run, whatever was done of it before.
 
@@ -142,6 +151,7 @@ class RunLoop:
         self._run = watch.run
         self._options = self._run.spec.options
         self._classes = self._run.spec.data.classes
+        self._evaluators = frozenset(item.site for item in self._run.consents if item.evaluates_only)
         self._refusals: list[Refusal] = []
         self._log = log.bind(run_id=self._run.id, study=self._run.study)
 
@@ -232,7 +242,7 @@ class RunLoop:
 
     def _ask_statistics(self) -> tuple[Collected, Statistics]:
         """The sums over all sites' training rows."""
-        sites, left_out = self._cohort(0, "Statistics", everybody=True)
+        sites, left_out, _ = self._cohort(0, "Statistics", everybody=True)
         question = self._question(TaskType.STATISTICS, 0)
         collected = self._ask(question, sites, lambda body, _: Answer(body))
         pooled, wrong = pooled_statistics({site: item.body.statistics for site, item in collected.answers.items()})
@@ -242,7 +252,7 @@ class RunLoop:
 
     def _ask_initial_weights(self, statistics: Statistics) -> tuple[Collected, str]:
         """The digest that the first site in the order of names made; a site that made another is named."""
-        sites, left_out = self._cohort(0, "Initial weights", everybody=True)
+        sites, left_out, _ = self._cohort(0, "Initial weights", everybody=True)
         question = self._question(TaskType.INITIALISE, 0, statistics=statistics)
         collected = self._ask(question, sites, _with_content)
         digests = {site: item.body.content_digest for site, item in collected.answers.items()}
@@ -275,18 +285,21 @@ class RunLoop:
         opened = self._open(number)
         name = f"Round {number} of {self._run.rounds}"
         needed = max(self._options.min_sites, strategy.min_updates)
-        sites, left_out = self._cohort(number, name, needed)
-        collected = self._ask_updates(opened, before, sites, needed)
+        sites, left_out, evaluators = self._cohort(number, name, needed)
+        collected, judged = self._ask_updates(opened, before, sites, evaluators.sites, needed)
+        told = _Told(site_rounds(judged, evaluators.left_out, self._classes), scores_of(judged, self._classes))
         try:
             self._require_enough(name, collected, left_out, needed)
             state, stats = self._aggregate(number, before, strategy, collected)
         except MedHiveError:
-            self._report(number, self._round_report(RoundState.FAILED, opened, collected, left_out, before))
+            self._report(number, self._round_report(RoundState.FAILED, opened, collected, left_out, before, told=told))
             self._log.warning("round.failed", round=number)
             raise
         weights = self._folder.weights_path(number)
         self._desk.store(weights, stats.digest)
-        report = self._round_report(RoundState.CLOSED, opened, collected, left_out, before, digest=stats.digest)
+        report = self._round_report(
+            RoundState.CLOSED, opened, collected, left_out, before, told=told, digest=stats.digest
+        )
         after = self._save(number, weights, stats.digest, state, before.statistics, report=report)
         self._report(number, report)
         line = f"{self._run.id} {round_line(number, self._run.rounds, report)}"
@@ -294,7 +307,10 @@ class RunLoop:
         self._log.info("round.closed", round=number, **figures, text=line)
         return after
 
-    def _ask_updates(self, opened: _Opened, before: Checkpoint, sites: Sequence[str], needed: int) -> Collected:
+    def _ask_updates(
+        self, opened: _Opened, before: Checkpoint, sites: Sequence[str], evaluators: Sequence[str], needed: int
+    ) -> tuple[Collected, Collected]:
+        """The updates of those who train, and what evaluate-only sites say meanwhile of the weights that they begin with."""
         number = opened.number
         question = self._question(
             TaskType.TRAIN,
@@ -304,17 +320,21 @@ class RunLoop:
             base_digest=before.weights_digest,
             base_size_bytes=before.weights.stat().st_size,
             statistics=before.statistics,
+            evaluators=frozenset(evaluators),
             updates=self._folder.round_folder(number),
         )
         layout = WeightsFile.at(before.weights).layout
 
         def check(body: ContributionBody, path: Path | None) -> Answer:
+            if body.type is TaskType.EVALUATE:
+                return self._check_evaluation(body, path)
             return self._check_update(body, path, before.weights, layout)
 
         # Announced while the sites work already: nobody waits for it.
-        collected = self._ask(question, sites, check, lambda: self._announce(opened, sites))
+        asked = self._ask(question, [*sites, *evaluators], check, lambda: self._announce(opened, sites, evaluators))
+        collected, judged = asked.apart(self._evaluators)
         norms = {site: answer.norm for site, answer in collected.answers.items()}
-        return self._without(collected, _outlier_reasons(norms), number, NORM_OUTLIER)
+        return self._without(collected, _outlier_reasons(norms), number, NORM_OUTLIER), judged
 
     def _check_update(self, body: ContributionBody, path: Path | None, base: Path, layout: Layout) -> Answer:
         """Look at every number of an update, and at what the site says of itself."""
@@ -338,6 +358,7 @@ class RunLoop:
     def _finish(self, last: Checkpoint) -> RunEnd:
         """Let the sites judge the final weights. The run has its result, so whoever is silent here only goes unheard."""
         present = self._sites.present()
+        training, evaluating = present.apart(self._evaluators)
         question = self._question(
             TaskType.EVALUATE,
             self._run.rounds,
@@ -346,17 +367,20 @@ class RunLoop:
             base_digest=last.weights_digest,
             base_size_bytes=last.weights.stat().st_size,
             statistics=last.statistics,
+            evaluators=frozenset(evaluating.sites),
         )
-        collected = self._ask(question, present.sites, self._check_evaluation)
+        asked = self._ask(question, present.sites, self._check_evaluation)
+        collected, judged = asked.apart(self._evaluators)
         scores = scores_of(collected, self._classes)
         return RunEnd(
             fence=self._desk.fence,
             state="completed",
             reason="" if scores else "No site judged the final weights.",
             digest=last.weights_digest,
-            metrics=pooled_metrics(scores, self._classes),
+            metrics=metrics_of(scores, scores_of(judged, self._classes), self._classes),
             confusion=confusion_of(scores),
-            sites=final_sites(last.report, site_rounds(collected, present.left_out, self._classes)),
+            sites=final_sites(last.report, site_rounds(collected, training.left_out, self._classes)),
+            evaluators=site_rounds(judged, evaluating.left_out, self._classes),
             refusals=self._take_refusals(),
             statistics=last.statistics,
         )
@@ -373,15 +397,16 @@ class RunLoop:
 
     def _cohort(
         self, number: int, name: str, needed: int | None = None, *, everybody: bool = False
-    ) -> tuple[tuple[str, ...], Mapping[str, str]]:
-        """The sites of a round, and why those that had consented may not be asked."""
-        present = self._sites.present()
+    ) -> tuple[tuple[str, ...], Mapping[str, str], Present]:
+        """The sites of a round, why others that had consented may not be asked, and those who only evaluate."""
+        present, evaluators = self._sites.present().apart(self._evaluators)
         least = self._options.min_sites if needed is None else needed
         if len(present.sites) < least:
             raise TooFewSites(too_few(name, Collected({}, {}), present.left_out, least), needed=least)
         if everybody:
-            return present.sites, present.left_out
-        return sample(present.sites, self._options.fraction, least, self._options.seed, number), present.left_out
+            return present.sites, present.left_out, evaluators
+        drawn = sample(present.sites, self._options.fraction, least, self._options.seed, number)
+        return drawn, present.left_out, evaluators
 
     def _question(self, kind: TaskType, number: int, needed: int | None = None, **content: Any) -> Question:
         return Question(
@@ -432,9 +457,9 @@ class RunLoop:
     def _timing(self, opened: _Opened) -> Timing:
         return Timing(opened.at, self._clock.now(), self._clock.monotonic() - opened.since)
 
-    def _announce(self, opened: _Opened, sites: Sequence[str]) -> None:
-        rows = tuple(SiteRound(site=site) for site in sites)
-        report = RoundReport(fence=0, state=RoundState.OPEN, opened_at=opened.at, sites=rows)
+    def _announce(self, opened: _Opened, sites: Sequence[str], evaluators: Sequence[str]) -> None:
+        rows = {"sites": _rows(sites), "evaluators": _rows(evaluators)}
+        report = RoundReport(fence=0, state=RoundState.OPEN, opened_at=opened.at, **rows)
         self._report(opened.number, report)
         self._log.info("round.opened", round=opened.number, sites=list(sites))
 
@@ -446,14 +471,15 @@ class RunLoop:
         left_out: Mapping[str, str],
         before: Checkpoint,
         *,
+        told: _Told,
         digest: str | None = None,
     ) -> RoundReport:
         return round_report(
             state,
             self._timing(opened),
             site_rounds(collected, left_out, self._classes),
-            scores_of(collected, self._classes),
-            self._classes,
+            metrics_of(scores_of(collected, self._classes), told.scores, self._classes),
+            evaluators=told.rows,
             base_size_bytes=before.weights.stat().st_size,
             digest=digest,
             refusals=self._take_refusals(),
@@ -466,7 +492,7 @@ class RunLoop:
         sites = site_rounds(Collected(answers, dropped), {}, self._classes)
         refusals = self._take_refusals()
         timing = self._timing(opened)
-        return round_report(RoundState.CLOSED, timing, sites, [], self._classes, digest=digest, refusals=refusals)
+        return round_report(RoundState.CLOSED, timing, sites, {}, digest=digest, refusals=refusals)
 
     def _report(self, number: int, report: RoundReport) -> None:
         self._desk.report_round(number, report.model_copy(update={"fence": self._desk.fence}))
@@ -494,6 +520,10 @@ class RunLoop:
         )
         self._folder.save(checkpoint)
         return checkpoint
+
+
+def _rows(sites: Sequence[str]) -> tuple[SiteRound, ...]:
+    return tuple(SiteRound(site=site) for site in sites)
 
 
 def _with_content(body: ContributionBody, _: Path | None) -> Answer:

@@ -70,8 +70,9 @@ RUN_TAG, VERSION_TAG = "medhive.run_id", "medhive.version"
 NOTE = "mlflow.note.content"
 """The tag that MLflow's pages show as a description, in Markdown."""
 READING_NOTE = (
-    "Step *n* of a metric `val_...` is the model after *n* rounds, on the sites' validation parts; step *n* of every other "
-    "metric is what happened in round *n*. Round 0 prepares the run. What begins with `site/<name>/` is one site's."
+    "Step *n* of a metric `val_...` is the model after *n* rounds, on the sites' validation parts, of a metric `test_...` "
+    "the same on a test set; step *n* of every other metric is what happened in round *n*. Round 0 prepares the run. What "
+    "begins with `site/<name>/` is one site's."
 )
 QUEUE_NOTE = (
     "Step *n* of a metric is version *n* of the study. `lineage/` has, for each version, the contributions that it is made "
@@ -315,7 +316,8 @@ class Tracker:
         if version is None:
             return []
         whole = RunAnswer.model_validate(self._gateway.get(f"{API}/runs/{run.id}"))  # a list's row names no sites
-        own = {f"site/{item.site}/{name}": value for item in whole.sites for name, value in item.metrics.items()}
+        everybody = (*whole.sites, *whole.evaluators)
+        own = {f"site/{item.site}/{name}": value for item in everybody for name, value in item.metrics.items()}
         last = max((item.number for item in rounds), default=0)
         at = run.ended_at or version.created_at
         return [Value(name, value, at, last) for name, value in {**version.metrics, **own}.items()]
@@ -494,7 +496,7 @@ def round_values(item: RoundAnswer) -> list[Value]:
         **_counts(item),
         **item.metrics,
     }
-    for site in item.sites:
+    for site in (*item.sites, *item.evaluators):
         if site.answered:
             own = {**site.metrics, "training_s": site.training_s, "examples": site.examples, "bytes_up": site.bytes_up}
             figures |= {f"site/{site.site}/{name}": value for name, value in own.items()}
@@ -538,7 +540,7 @@ def _participation(item: RoundAnswer) -> dict[str, Any]:
 
 def _step(name: str, number: int) -> int:
     """What a site says of the weights it was sent is told of the model after the round before."""
-    is_of_base = any(part.startswith("val_") for part in name.split("/"))
+    is_of_base = any(part.startswith(("val_", "test_")) for part in name.split("/"))
     return number - 1 if is_of_base else number
 
 
@@ -546,8 +548,8 @@ def panels_of(values: Sequence[Value]) -> dict[str, dict[str, Curve]]:
     """The curves worth a picture: global accuracy and loss, of validation and training, and the sites' accuracy."""
     of_sites = sorted({value.name for value in values if re.fullmatch(r"site/[^/]+/val_accuracy", value.name)})
     wanted: dict[str, Sequence[str]] = {
-        "accuracy": ("val_accuracy", "val_macro_f1", "train_accuracy"),
-        "loss": ("val_loss", "train_loss"),
+        "accuracy": ("val_accuracy", "val_macro_f1", "test_accuracy", "train_accuracy"),
+        "loss": ("val_loss", "test_loss", "train_loss"),
         "accuracy on each site's validation part": of_sites if len(of_sites) <= MAX_SITE_CURVES else (),
     }
     panels: dict[str, dict[str, Curve]] = {}

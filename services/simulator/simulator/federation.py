@@ -39,7 +39,7 @@ class Source:
         path: Path,
         secret: bytes,
         on_progress: OnProgress | None = None,
-        subset: Literal["train", "test"] = "train",
+        subset: Literal["train", "judge"] = "train",
     ) -> Workspace:
         """Read one folder or file; of packed images the subset that its publisher set apart.
 

@@ -5,14 +5,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from fl_client.local_round import evaluated
 from fl_client.tasks import PARTS, Judged, Together, Workspace, completed
 from fl_client.tasks.errors import NotEnoughExamples
-from fl_client.tasks.packed_images import read_packed
 from fl_server.checkpoint import write_durably
 from fl_server.collect import SystemClock, Watch
 from fl_server.locking import FolderLock
@@ -145,7 +144,7 @@ class _Tester:
         self._workspace: Workspace | None = None
         if simulation.test is not None:
             secret = secret_of(simulation.spec.options.seed)
-            self._workspace = source.open(simulation.test, secret, listener.on_reading, _subset_of(simulation.test))
+            self._workspace = source.open(simulation.test, secret, listener.on_reading, "judge")
 
     @property
     def fingerprint(self) -> str:
@@ -157,11 +156,6 @@ class _Tester:
 
     def due(self, round_number: int) -> bool:
         return round_number % self._every == 0 or round_number == self._rounds
-
-
-def _subset_of(test: Path) -> Literal["train", "test"]:
-    """What of packed files judges: the test set that was set apart, or all where none was."""
-    return "test" if any(True for _ in read_packed(test, "test")) else "train"
 
 
 def judged_on(workspace: Workspace, weights: dict[str, Flat], parts: Sequence[Any] = PARTS) -> dict[str, float]:

@@ -16,6 +16,12 @@ HOUR_S = 3600.0
 @click.command(cls=Command)
 @click.argument("site", required=False)
 @click.option("--study", "studies", multiple=True, help="A study that the hospital joins as a member; may be repeated.")
+@click.option(
+    "--evaluate-only",
+    "evaluates_only",
+    is_flag=True,
+    help="The site has a test set: it judges each round, and never trains.",
+)
 @click.option("--expires-in-h", type=float, default=168.0, show_default=True, help="Hours until the invite is void.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the JOIN_TOKEN to a file of mode 0600.")
 @click.option("--list", "listing", is_flag=True, help="List the invites.")
@@ -27,6 +33,7 @@ def invite(
     *,
     site: str | None,
     studies: tuple[str, ...],
+    evaluates_only: bool,
     expires_in_h: float,
     out: Path | None,
     listing: bool,
@@ -41,7 +48,8 @@ def invite(
         terminal.result({"deleted": delete_id}, lambda: terminal.line(f"Invite {delete_id} is void."))
     else:
         name = terminal.ask(site, "Name of the hospital", "SITE")
-        _make_invite(terminal, build(NewInvite, site=name, studies=studies, expires_in_s=expires_in_h * HOUR_S), out)
+        given = {"studies": studies, "evaluates_only": evaluates_only, "expires_in_s": expires_in_h * HOUR_S}
+        _make_invite(terminal, build(NewInvite, site=name, **given), out)
 
 
 def _make_invite(terminal: Terminal, wanted: NewInvite, out: Path | None) -> None:
@@ -68,6 +76,7 @@ def _show_invite(terminal: Terminal, made: InviteAnswer, out: Path | None) -> No
             ("invite", made.id),
             ("site", made.site),
             ("studies", ", ".join(made.studies)),
+            ("role", "evaluates only" if made.evaluates_only else ""),
             ("expires", moment(made.expires_at)),
             ("JOIN_TOKEN", made.token or f"in {out}"),
         ]

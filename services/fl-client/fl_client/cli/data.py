@@ -79,7 +79,7 @@ def _subject(terminal: Terminal, path: Path | None, given: dict[str, Any]) -> _S
 
 def _joined(terminal: Terminal, site: Site, path: Path | None, name: str | None, class_map: dict[str, str]) -> _Subject:
     study = ask_study(terminal, site, name)
-    own = site.store.study(study.name)
+    own, only_judged = site.store.study(study.name), site.identity.evaluates_only
     local = LocalOptions(
         {**own.class_map, **class_map},
         own.groups_csv,
@@ -87,9 +87,11 @@ def _joined(terminal: Terminal, site: Site, path: Path | None, name: str | None,
         own.labels_csv,
         site.folder("cache"),
         site.settings.cache_bytes,
+        "judge" if only_judged else "train",
     )
     secret = site.keys.secret_file.read_bytes()
-    return _Subject(study.task, path or site.data_dir(study.name), study.data, secret, local, study.name)
+    data = study.data.as_test_set() if only_judged else study.data
+    return _Subject(study.task, path or site.data_dir(study.name), data, secret, local, study.name)
 
 
 def _unjoined(path: Path | None, given: dict[str, Any], class_map: dict[str, str]) -> _Subject:

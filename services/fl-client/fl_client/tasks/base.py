@@ -60,7 +60,7 @@ class LocalOptions:
         labels_csv: a CSV that says the label of each example, for tasks that can take labels from one.
         cache_dir: where a task may keep what it made of the data; a temporary folder where there is none.
         cache_bytes: how much it may keep there; None is the task's own limit.
-        subset: what to take where a publisher set a test set apart.
+        subset: what to take where a publisher set a test set apart; `judge` is just that, or all where none was.
     """
 
     class_map: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -69,7 +69,7 @@ class LocalOptions:
     labels_csv: Path | None = None
     cache_dir: Path | None = None
     cache_bytes: int | None = None
-    subset: Literal["train", "test"] = "train"
+    subset: Literal["train", "test", "judge"] = "train"
 
 
 @dataclass(frozen=True)

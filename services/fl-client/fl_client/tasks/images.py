@@ -373,7 +373,7 @@ def _require_enough(entries: tuple[Entry, ...], study: StudyData, options: Image
             classes=empty,
         )
     parts = Counter(entry.part for entry in entries)
-    if not parts["train"] or not parts["validation"]:
+    if not all(parts[part] for part in study.needed_parts):
         raise NotEnoughExamples(
             f"{len(entries)} usable images leave {parts['train']} for training and {parts['validation']} for "
             "validation; each needs at least one. Add images (with patient groups: patients).",

@@ -532,7 +532,7 @@ def _require_enough(report: DataReport, study: StudyData) -> None:
             classes=empty,
         )
     parts = Counter({part: sum(counts.values()) for part, counts in report.parts.items()})
-    if not parts["train"] or not parts["validation"]:
+    if not all(parts[part] for part in study.needed_parts):
         raise NotEnoughExamples(
             f"{report.examples} usable examples leave {parts['train']} for training and {parts['validation']} for "
             "validation; each needs at least one. Add patients: all scans of one are on one side. Left out: "

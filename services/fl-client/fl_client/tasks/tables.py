@@ -387,7 +387,7 @@ def _require_enough(rows: list[_Row], parts: list[Part], study: StudyData, optio
     if rows and empty and not options.allow_missing_classes:
         raise EmptyClass(f"There is no row of class {', '.join(empty)}; add some.", classes=empty)
     found = Counter(parts)
-    if not found["train"] or not found["validation"]:
+    if not all(found[part] for part in study.needed_parts):
         raise NotEnoughExamples(
             f"{len(rows)} usable rows leave {found['train']} for training and {found['validation']} for validation; "
             "each needs at least one. Add rows, or look at check-data's reasons for those skipped.",
