@@ -143,8 +143,10 @@ def test_where_the_plan_has_no_tls_tunnel_ngrok_ends_tls_and_it_is_said(
         assert service.stop() == 0
         forced = TunnelService(tmp_path / "forced", f"localhost:{gateway.port}", protocol="tls")
         (forced.orders / "plan").write_text("free")
+        (forced.folder / "tunnel.json").write_text('{"address": "https://of.one.that.was.killed", "ends_tls": false}')
         forced.start()
         until(lambda: "cannot be opened" in forced.log.read_text(), "the refusal")
+        assert forced.address() is None
         assert forced.stop() == 0
         said = forced.log.read_text()
         assert "not in your plan" in said and TOKEN not in said
