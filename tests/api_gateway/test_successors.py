@@ -1,19 +1,26 @@
 """A successor of the CA and of the coordinator's key: in steps of which a process may be killed in each."""
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
 from api_gateway import signing_key
+from api_gateway.__main__ import build
+from api_gateway.app import create_app
+from api_gateway.renewal import Renewal
+from api_gateway.settings import Settings
 from api_gateway.tls import Authority, CaStep, load_certificate
 from medhive.errors import BadSignature, Conflict, InvalidInput
 from medhive.introduction import known_key_ids, present_key
 from medhive.signing import SigningKey
-from medhive.wire import MAX_SUCCESSIONS
+from medhive.wire import API, MAX_SUCCESSIONS, CoordinatorAnswer
 
 NAME = "Test"
 DAY = timedelta(days=1)
@@ -147,3 +154,22 @@ def test_no_more_than_hospitals_follow(tmp_path: Path, monkeypatch: pytest.Monke
     signing_key.roll(tmp_path, NOW)
     with pytest.raises(Conflict, match="all that hospitals follow"):
         signing_key.roll(tmp_path, NOW)
+
+
+async def introduction_of(app: FastAPI) -> CoordinatorAnswer:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://gateway") as client:
+        return CoordinatorAnswer.model_validate_json((await client.get(f"{API}/coordinator")).content)
+
+
+def test_who_asks_is_shown_what_another_gateway_has_only_just_changed(tmp_path: Path) -> None:
+    settings = Settings(state_dir=tmp_path / "state")
+    (one, _), (two, _) = build(settings), build(settings)
+    former = one.key.public
+    renewal, other = Renewal(one), create_app(two)  # without its background tasks: of itself it would never look
+    renewal.renew_ca()
+    renewal.renew_key()
+    answer = asyncio.run(introduction_of(other))
+    assert answer.key_id == one.key.public.key_id != former.key_id
+    assert len(answer.introduction.verify(one.key.public).authorities) == 2
+    one.database.close()
+    two.database.close()
