@@ -120,8 +120,7 @@ class InlineSites:
     ) -> Collected:
         """Have one client after the other answer; see `fl_server.rounds.Sites.ask`."""
         on_asked()
-        if question.type is TaskType.EVALUATE:
-            sites = sample(sites, MAX_JUDGES / max(MAX_JUDGES, len(sites)), 1, self._options.seed, 0)
+        sites = self.those_asked(question, sites)
         base = read_weights(question.base) if question.base is not None else {}
         collected = Collected({}, {})
         for done, site in enumerate(sites, 1):
@@ -142,26 +141,35 @@ class InlineSites:
         Raises:
             MedHiveError: why it does not count.
         """
-        fate = self._fates.of(self._place(site), question.round) if question.type is TaskType.TRAIN else Fate()
+        fate = self.fate(question, site)
         if fate.lost:
             raise Lost(fate.lost)
         try:
-            body, path = self._do(question, site, base, fate)
+            body, path = self.do(question, site, base, fate)
         except NoSpace:
             raise
         except MedHiveError as error:
             raise Lost(f"failed ({error.code}): {error}") from error
-        try:
-            return check(body, path)
-        except MedHiveError as error:
-            refuse(site, error.code)
-            if path is not None:
-                path.unlink(missing_ok=True)
-            raise
+        return counted(site, body, path, check, refuse)
 
-    def _do(
+    def those_asked(self, question: Question, sites: Sequence[str]) -> Sequence[str]:
+        """All of them, but for the final judgement, which a sample gives as well."""
+        if question.type is not TaskType.EVALUATE:
+            return sites
+        return sample(sites, MAX_JUDGES / max(MAX_JUDGES, len(sites)), 1, self._options.seed, 0)
+
+    def fate(self, question: Question, site: str) -> Fate:
+        """What becomes of a site's answer to a question: faults are of training alone."""
+        return self._fates.of(self._place(site), question.round) if question.type is TaskType.TRAIN else Fate()
+
+    def do(
         self, question: Question, site: str, base: Mapping[str, Flat], fate: Fate
     ) -> tuple[ContributionBody, Path | None]:
+        """One client's work: what it says, and the file of its update where it trained.
+
+        Raises:
+            MedHiveError: it cannot, by cause.
+        """
         began = time.monotonic()
         workspace = self._federation.workspace(self._place(site), wrong=fate.poison == "labels")
         if question.statistics:
@@ -213,6 +221,21 @@ class InlineSites:
             weights = poisoned(fate.poison, base, weights, [self._options.seed, question.round, place])
         metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
         return weights, {"examples": result.examples, "metrics": metrics, "confusion": result.confusion}
+
+
+def counted(site: str, body: ContributionBody, path: Path | None, check: Check, refuse: Refuse) -> Answer:
+    """An answer that was checked.
+
+    Raises:
+        MedHiveError: it does not count; its file is gone, and `refuse` has heard.
+    """
+    try:
+        return check(body, path)
+    except MedHiveError as error:
+        refuse(site, error.code)
+        if path is not None:
+            path.unlink(missing_ok=True)
+        raise
 
 
 class Lost(MedHiveError):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +12,7 @@ import click
 import structlog
 
 from medhive import __version__
+from medhive.errors import InvalidInput
 from medhive.terminal import (
     FAILED,
     Advance,
@@ -28,13 +30,15 @@ if TYPE_CHECKING:
     from simulator.run import Listener
     from simulator.study import Simulation
 
-BACKENDS: Final = ("inline",)
+INLINE, RAY = "inline", "ray"
+BACKENDS: Final = (INLINE, RAY)
 DEFAULT_CLIENTS: Final = 10
 DEFAULTS: Final[Mapping[str, Any]] = {
     "task": "image-folder",
     "partition": "iid",
     "test_every": 1,
     "together": 1,
+    "backend": INLINE,
     "device": "auto",
 }
 DEFAULT_SEED: Final = 42
@@ -56,6 +60,7 @@ OWN_FLAGS: Final = (
     "forget",
     "together",
     "backend",
+    "workers",
     "device",
 )
 NOT_SIMULATED: Final = ("deadline_s", "consent_deadline_s")  # nobody waits for anybody here
@@ -107,7 +112,14 @@ NOT_SIMULATED: Final = ("deadline_s", "consent_deadline_s")  # nobody waits for 
     show_default=True,
     help="Train so many clients as one computation: small models, recipe=plain.",
 )
-@click.option("--backend", type=click.Choice(BACKENDS), default="inline", show_default=True, help="Where clients run.")
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default=DEFAULTS["backend"],
+    show_default=True,
+    help="Where clients run: in this process, or in several, by Flower's simulation engine on Ray.",
+)
+@click.option("--workers", type=click.IntRange(1), help="Processes of the backend ray [one a core, or a GPU].")
 @click.option(
     "--device", default=DEFAULTS["device"], show_default=True, help="cpu, cuda, cuda:0, or auto for the best there is."
 )
@@ -218,7 +230,29 @@ def simulation_of(flags: Mapping[str, Any]) -> "Simulation":
         forget=bool(own["forget"]),
         device=own["device"],
         together=own["together"],
+        workers=_workers(own["backend"], own["workers"], own["together"]),
     )
+
+
+class RayMissing(InvalidInput):
+    """The backend ray is asked for without its packages."""
+
+    code = "ray-missing"
+
+
+def _workers(backend: str, workers: int | None, together: int) -> int | None:
+    """How many processes the clients are spread over; 0: none."""
+    if backend == INLINE:
+        if workers is not None:
+            raise InvalidInput("--workers is of --backend ray.")
+        return 0
+    if together > 1:
+        raise InvalidInput("--together is of --backend inline; leave out one of the two.")
+    if find_spec("ray") is None:
+        raise RayMissing(
+            "The backend ray needs Ray, which is not here: pip install 'medhive-simulator[ray]', or leave out --backend."
+        )
+    return workers
 
 
 def _trained(test: Path | None, validation_share: float | None) -> frozenset[str]:

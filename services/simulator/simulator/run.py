@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from medhive.wire import RunEnd
 from simulator.clients import ClientStates, InlineSites
 from simulator.desk import MODEL, RecordedRound, ResultDesk, ended
 from simulator.faults import Fates
-from simulator.federation import Federation, Source, read_federation, secret_of
+from simulator.federation import Federation, Source, secret_of
 from simulator.results import (
     SUMMARY,
     Tracking,
@@ -68,18 +69,10 @@ def prepare(simulation: Simulation, listener: Listener) -> Prepared:
     Raises:
         MedHiveError: the data or the partition do not fit, by cause.
     """
-    source = Source(simulation.spec.task, simulation.data, simulation.spec.data, simulation.device)
-    federation = read_federation(
-        source,
-        simulation.partition,
-        simulation.clients,
-        simulation.spec.options.seed,
-        trained=simulation.trained,
-        on_progress=listener.on_reading,
-    )
+    federation = simulation.read_clients(listener.on_reading)
     if simulation.together > 1:
         _require_together(federation.first(), simulation.spec.options.local_mu)
-    return Prepared(federation, _Tester(simulation, source, listener))
+    return Prepared(federation, _Tester(simulation, simulation.source, listener))
 
 
 def _require_together(workspace: Workspace, mu: float) -> None:
@@ -241,15 +234,30 @@ class _Work:
         )
 
     def _rounds(self, desk: ResultDesk) -> RunEnd:
-        states = None if self._simulation.forget else ClientStates(self._out / STATES)
-        fates = Fates(self._simulation.faults, len(self._federation.names), self._options.seed)
-        together = self._simulation.together
-        sites = InlineSites(
-            self._federation, self._options, fates, states, on_client=self._on_client, together=together
-        )
         clock = SystemClock()
         watch = Watch(desk.look, clock)
-        return RunLoop(desk=desk, sites=sites, watch=watch, folder=self._out / WORK, clock=clock).run()
+        with self._sites() as sites:
+            return RunLoop(desk=desk, sites=sites, watch=watch, folder=self._out / WORK, clock=clock).run()
+
+    @contextmanager
+    def _sites(self) -> Iterator[InlineSites]:
+        """The clients, in this process or in those of Flower's simulation engine."""
+        simulation = self._simulation
+        states = None if simulation.forget else self._out / STATES
+        if simulation.workers != 0:
+            from simulator.flower import flower_sites  # noqa: PLC0415 - Ray is an extra, and takes a second to import
+
+            with flower_sites(simulation, self._out, self._federation, states, self._on_client) as sites:
+                yield sites
+            return
+        yield InlineSites(
+            self._federation,
+            self._options,
+            Fates(simulation.faults, len(self._federation.names), self._options.seed),
+            ClientStates(states) if states else None,
+            on_client=self._on_client,
+            together=simulation.together,
+        )
 
     def _heldout(self, end: RunEnd) -> dict[str, float]:
         """The final weights on what no client trained on or chose by: where there is no test set, the held-out parts."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fl_client.check import read_study, study_of_folder
+from fl_client.tasks.base import OnProgress
 from fl_client.tasks.errors import DataFolderMissing
 from medhive.errors import InvalidInput
 from medhive.signing import digest_of
@@ -13,7 +14,7 @@ from medhive.spec import RunSpec, StudyData, build_options
 from medhive.strategies import make_strategy
 from medhive.terminal import build
 from simulator.faults import Faults
-from simulator.federation import site_paths
+from simulator.federation import Federation, Source, read_federation, site_paths
 from simulator.partition import Partition
 
 STUDY: Final = "simulation"
@@ -28,7 +29,8 @@ class Simulation:
 
     data: folder or file; test: what judges the model after every `test_every`-th round; clients: how many (a partition file
     and `sites` say it themselves); trained: parts that are trained on beside the training part; forget: clients keep nothing
-    from round to round; together: how many are trained as one computation.
+    from round to round; together: how many are trained as one computation; workers: how many processes of Ray they are
+    spread over, None for one a core, 0 for none: all in this process.
     """
 
     spec: RunSpec
@@ -42,9 +44,29 @@ class Simulation:
     forget: bool
     device: str
     together: int = 1
+    workers: int | None = 0
+
+    @property
+    def source(self) -> Source:
+        """Where the data are, and how they are read."""
+        return Source(self.spec.task, self.data, self.spec.data, self.device)
+
+    def read_clients(self, on_progress: OnProgress | None = None) -> Federation:
+        """Read the data and deal them out.
+
+        Raises:
+            MedHiveError: the data or the partition do not fit, by cause.
+        """
+        seed, trained = self.spec.options.seed, self.trained
+        return read_federation(
+            self.source, self.partition, self.clients, seed, trained=trained, on_progress=on_progress
+        )
 
     def identity(self, fingerprint: str) -> dict[str, Any]:
-        """All that the result depends on, with the fingerprint of the data, as plain values with their digest."""
+        """All that the result depends on, with the fingerprint of the data, as plain values with their digest.
+
+        Where clients run is not of it: a simulation that was begun inline may go on in several processes.
+        """
         values = {
             "spec": self.spec.model_dump(mode="json"),
             "clients": self.clients,
