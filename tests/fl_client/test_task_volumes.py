@@ -17,7 +17,7 @@ from made_scans import write_series
 from fl_client.tasks import LocalOptions, Prediction, RoundPlan, Skipped, Workspace, completed, finish, load_task
 from fl_client.tasks.dicom import Decoder
 from fl_client.tasks.errors import UnknownModel, UnreadableExample
-from fl_client.tasks.lungs import lungs_alone
+from fl_client.tasks.lungs import find_lungs, lungs_alone
 from fl_client.tasks.made_chests import CLASSES, SPACING_MM, chest, make_chests, make_chests_from
 from fl_client.tasks.models import VOLUME_MODELS, build_volume_model, export_weights
 from fl_client.tasks.scans import open_series
@@ -226,6 +226,19 @@ def test_the_middle_of_a_large_nodule_is_kept() -> None:
     values[ball] = 60
     inner = lungs_alone(chest_volume(values))
     assert (inner.values == 60).sum() == ball.sum()
+
+
+@pytest.mark.parametrize("part", [slice(19, None), slice(None, 22)])
+@pytest.mark.parametrize(("radius_mm", "kept"), [(20, True), (35, False)])
+def test_a_nodule_that_an_end_of_the_scan_cuts_is_kept_but_nothing_as_large_as_the_heart(
+    part: slice, radius_mm: int, kept: bool
+) -> None:
+    values = chest(np.random.default_rng(3), nodule=False)
+    z, y, x = np.ogrid[:40, :80, :80]
+    ball = np.sqrt(((z - 20) * 5.0) ** 2 + ((y - 40) * 4.0) ** 2 + ((x - 56) * 4.0) ** 2) < radius_mm
+    lungs = find_lungs(np.where(ball, 60, values)[part].astype(np.int16), SPACING_MM)
+    assert lungs is not None
+    assert lungs[ball[part]].all() == kept
 
 
 def test_a_scan_without_lungs_is_used_whole() -> None:

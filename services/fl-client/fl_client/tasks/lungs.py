@@ -16,6 +16,8 @@ from fl_client.tasks.series import Grid, Volume
 BODY_HU: Final = -500  # lung and air lie below, all else above: halfway between aerated lung and soft tissue
 # Vessels, and nodules that touch the wall, are brighter than lung: a ball of this radius closes the gaps they leave.
 CLOSING_MM: Final = 10.0
+# What an end of the scan cuts is enclosed in that plane alone. Larger than a 30 mm nodule with its rim is the mediastinum.
+MAX_CUT_MM2: Final = np.pi * 20.0**2
 MIN_PART_ML: Final = 50.0  # airways and gas in the bowel are smaller; a small child's lung is larger
 MIN_LUNGS_ML: Final = 200.0  # less is no scan of the chest, or one in which this way finds nothing
 
@@ -58,8 +60,12 @@ def find_lungs(
     lungs: Mask = (sizes_ml >= MIN_PART_ML)[labels]
     if np.count_nonzero(lungs) * voxel_ml < MIN_LUNGS_ML:
         return None
+    closed: Mask = np.moveaxis(_closed(lungs, spacing_mm) & body, slices_axis, 0)
+    plane_mm2 = voxel_ml * 1000 / spacing_mm[slices_axis]
+    for end in (0, -1):
+        closed[end] |= _small_holes(closed[end], MAX_CUT_MM2 / plane_mm2)
     # Closing leaves the middle of a large nodule out, which the lung around it encloses.
-    whole: Mask = ndimage.binary_fill_holes(_closed(lungs, spacing_mm) & body)
+    whole: Mask = np.moveaxis(ndimage.binary_fill_holes(closed), 0, slices_axis)
     return whole
 
 
@@ -72,6 +78,15 @@ def _largest(mask: Mask) -> Mask:
     sizes[0] = 0
     largest: Mask = labels == sizes.argmax()
     return largest
+
+
+def _small_holes(plane: Mask, most: float) -> Mask:
+    """The holes of a plane that have at most so many pixels."""
+    labels, _ = ndimage.label(ndimage.binary_fill_holes(plane) & ~plane)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    small: Mask = ((sizes > 0) & (sizes <= most))[labels]
+    return small
 
 
 def _closed(mask: Mask, spacing_mm: tuple[float, float, float]) -> Mask:

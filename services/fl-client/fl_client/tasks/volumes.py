@@ -24,7 +24,7 @@ from fl_client.tasks.series import Series, Volume
 from medhive.errors import NoSpace
 from medhive.leftovers import remove_leftovers, temporary_beside
 
-FORMAT: Final = 2  # of the preprocessing: a change of the numbers below makes all kept boxes stale
+FORMAT: Final = 3  # of the preprocessing: a change of it or of how lungs are found makes all kept boxes stale
 DEFAULT_CACHE_BYTES: Final = 20 * 2**30  # ten thousand boxes of 128 × 128 × 128
 CHECKSUM_BYTES: Final = 4
 SUFFIX: Final = ".box"
