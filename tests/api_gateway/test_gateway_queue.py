@@ -2,13 +2,14 @@
 
 import http.client
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gateway_world import Hospital, World, running_gateway
+from gateway_world import GatewayProcess, Hospital, World, running_gateway, until
 from queue_world import SIZE, Scene, agree, flat, model, open_queue
 
 from api_gateway.blobstore import MAX_BLOB_BYTES
@@ -22,11 +23,12 @@ class Averager:
     """Speaks the aggregator's part over HTTP."""
 
     def __init__(self, scene: Scene, holder: str = "test") -> None:
-        self.scene, self.world, self.holder = scene, scene.world, holder
+        self.scene, self.holder = scene, holder
+        self.server = scene.world.server
 
     def lease(self) -> ExecutionTask:
         """The lease on this queue's average."""
-        answer = self.world.server.post(f"{API}/server/queue/lease", {"holder": self.holder})
+        answer = self.server.post(f"{API}/server/queue/lease", {"holder": self.holder})
         assert answer, "no average is due"
         task = ExecutionTask.model_validate(answer)
         assert task.queue_id == self.scene.queue.id
@@ -36,18 +38,23 @@ class Averager:
         return f"{API}/server/queue/executions/{task.execution}"
 
     def look(self, task: ExecutionTask) -> ExecutionTask:
-        answer = self.world.server.post(f"{self.path(task)}/look", {"fence": task.fence})
+        answer = self.server.post(f"{self.path(task)}/look", {"fence": task.fence})
         return ExecutionTask.model_validate(answer)
 
     def send(self, task: ExecutionTask, seed: int = 0) -> str:
         file = self.scene.weights(10_000 + seed)
-        self.world.server.upload(f"{self.path(task)}/blobs/{sha256_file(file)}", file)
+        self.server.upload(f"{self.path(task)}/blobs/{sha256_file(file)}", file)
         return sha256_file(file)
 
     def end(self, task: ExecutionTask, **changes: Any) -> Any:
         counted = [item.number for item in task.contributions]
         body = {"fence": task.fence, "state": "done", "newest_version": task.newest_version, "counted": counted}
-        return self.world.server.post(f"{self.path(task)}/end", {**body, **changes})
+        return self.server.post(f"{self.path(task)}/end", {**body, **changes})
+
+
+def own_settings(gateway: GatewayProcess) -> dict[str, str]:
+    """What it was given, for another one beside it."""
+    return {name.removeprefix("MEDHIVE_GATEWAY_").lower(): value for name, value in gateway.environment.items()}
 
 
 def test_twelve_uploads_make_one_average_of_ten(world: World) -> None:
@@ -81,6 +88,42 @@ def test_twelve_uploads_make_one_average_of_ten(world: World) -> None:
     world.admin.post(f"{API}/cleanup", {"study": scene.study})
     kept = [(world.gateway.state_dir / "blobs").glob(f"*/*/{row.digest}") for row in scene.contributions()]
     assert [len(list(files)) for files in kept] == [0] * 10 + [1] * 2
+
+
+def test_two_gateways_are_one_queue(world: World) -> None:
+    """Each of twelve contributions is sent to both at once, as a hospital does whose first address is slow."""
+    scene = Scene.made(world, hospitals=6, capacity=10)
+    with running_gateway(world.gateway.state_dir, **own_settings(world.gateway)) as second:
+
+        def send(number: int, gateway: GatewayProcess) -> None:
+            hospital, file = scene.hospitals[number % 6], files[number]
+            with gateway.client(str(hospital.http.headers["Authorization"]).removeprefix("Bearer ")) as client:
+
+                def acknowledged() -> bool:
+                    try:
+                        client.upload("/upload", file, method="POST", headers=headers[number])
+                    except Conflict:  # the other gateway has just written the same bytes
+                        return False
+                    return True
+
+                until(acknowledged, f"upload {number}")
+
+        files = [scene.weights(number) for number in range(12)]
+        manifests = [scene.manifest(scene.hospitals[number % 6], file) for number, file in enumerate(files)]
+        headers = [{MANIFEST_HEADER: manifest_to_header(manifest)} for manifest in manifests]
+        with ThreadPoolExecutor(8) as pool:
+            jobs = [pool.submit(send, number, each) for number in range(12) for each in (world.gateway, second)]
+            for job in jobs:
+                job.result()
+        assert sorted(row.digest for row in scene.contributions()) == sorted(sha256_file(file) for file in files)
+        averager = Averager(scene)
+        task = averager.lease()
+        digest = averager.send(task)
+        with second.client(world.gateway.server_token) as server:
+            averager.server = server
+            done = averager.end(task, digest=digest)
+        assert (done["version"], scene.status().queue_size) == (2, 2)
+        assert scene.contributions(version=2) == scene.contributions()[:10]
 
 
 def test_more_than_the_capacity_triggers_the_next_one(world: World) -> None:

@@ -14,6 +14,7 @@ from coordinator_stack import CoordinatorStack, coordinator, processes_of
 from flower_stack import free_port, until
 from old_files import old_leftover
 
+from medhive.queues import QueueAnswer
 from medhive.states import ConsentState, RunState
 from medhive.wire import API, RunAnswer
 
@@ -88,16 +89,38 @@ def test_killed_processes_change_no_bit_of_the_result(stack: CoordinatorStack) -
     assert trained == [[1, 2, 3, 4, 5, 6]] * 3
 
 
-def kill(stack: CoordinatorStack, victim: str) -> None:
+def kill(stack: CoordinatorStack, victim: str, *, again: bool = True) -> None:
     if victim == "gateway":
         stack.gateway.kill()
         stack.gateway.start()
     elif victim == "serve":
         stack.server.kill()
         until(lambda: not processes_of(stack.server), "what the service started is gone", 30)
-        stack.start_server()
+        if again:
+            stack.start_server()
     else:
         os.kill(process_named(stack, f"fl_server.flower {victim}"), signal.SIGKILL)
+
+
+def test_a_queues_contributions_count_once_though_the_service_is_killed(
+    stack: CoordinatorStack, tmp_path: Path
+) -> None:
+    """They arrive while it is dead, and it is killed again as soon as it averages them."""
+    path = f"{API}/studies/tumours"
+    newest = max(row["version"] for row in stack.admin.get(f"{path}/versions"))
+    queue = QueueAnswer.model_validate(stack.admin.put(f"{path}/queue", {"capacity": 3}))
+    kill(stack, "serve", again=False)
+    for name, examples in zip(NAMES, (10, 20, 30), strict=True):
+        stack.hospitals[name].contribute(queue, stack.version("tumours", newest), examples, tmp_path)
+    stack.start_server()
+    until(lambda: stack.admin.get(f"{path}/queue/executions")[0]["state"] != "due", "the average is begun", 60)
+    kill(stack, "serve")
+    until(lambda: stack.admin.get("/status", study="tumours")["queue_size"] == 0, "all are averaged", 120)
+    rows = stack.admin.get(f"{path}/queue/contributions", version=newest + 1)
+    assert [(row["site"], row["state"]) for row in reversed(rows)] == [(name, "counted") for name in NAMES]
+    assert sum(row["weight"] for row in rows) == pytest.approx(1)
+    assert max(row["version"] for row in stack.admin.get(f"{path}/versions")) == newest + 1
+    stack.admin.post(f"{path}/queue/close", {"reason": "done"})
 
 
 def test_a_stopped_run_is_cancelled_and_its_process_ends(stack: CoordinatorStack) -> None:
