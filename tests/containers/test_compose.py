@@ -296,6 +296,23 @@ def test_a_partitioned_hospital_comes_back(compose: Compose) -> None:
     assert "connected to the fleet again after" in compose.logs(site)
 
 
+def test_a_queue_goes_through_the_door(compose: Compose) -> None:
+    """Each hospital trains when it likes, uploads through the proxy, and downloads the average."""
+    before = compose.admin_json("models", STUDY)[-1]["version"]
+    compose.admin("studies", "queue", STUDY, "--capacity", str(len(SITES)), "--local-epochs", "1")
+    queue = compose.admin_json("queue", "status", STUDY)["queue_id"]
+    for site in SITES:
+        compose.site(site, "consent", queue, "--person", "Dr. Berg", "--yes")
+        compose.site(site, "train", STUDY, "--upload")
+
+    def averaged() -> bool:
+        status = compose.admin_json("queue", "status", STUDY)
+        return status["newest_version"] == before + 1 and status["queue_size"] == 0
+
+    wait_until(averaged, "the average", DEADLINE_S)
+    assert f"_FinalGlobal_v{before + 1}.safetensors" in compose.site(SITES[0], "download", STUDY)
+
+
 def test_a_second_up_after_down_keeps_everything(compose: Compose) -> None:
     before = compose.admin_json("models", STUDY)
     compose.command("down", "--timeout", "5")
