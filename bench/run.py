@@ -102,6 +102,10 @@ def simulation_rows(report: Report) -> Iterator[Row]:
         figure = f"{item['round_s']:.2f} s, bare loop {item['bare_loop_s']:.2f} s: {item['ratio']:.2f} times as long"
         what = f"simulated round of 50 clients, {item['local_epochs']} local epochs"
         yield Row(what, figure, f"≤ {item['goal']} times", item["reached"])
+        beside = {"ten clients together": "together_s", "backend ray": "ray_s", "Flower's own simulation": "flower_s"}
+        for name, key in beside.items():
+            if item[key] is not None:
+                yield Row(f"  {name}", f"{item[key]:.2f} s, {item[key] / item['bare_loop_s']:.2f} times the bare loop")
     if "memory" in report:
         peaks = ", ".join(f"{peak:.0f} MB with {clients}" for clients, peak in report["memory"]["peak_mb"].items())
         yield Row("  a simulation's peak memory by clients", peaks)

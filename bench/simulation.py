@@ -4,7 +4,8 @@
     python bench/simulation.py --epochs 5 --no-memory
 
 The bare loop is what one would write by hand for the same model and data: resident tensors, one resident model into which
-the global weights are loaded for each client, SGD, and a running mean. Both are timed in turn in one process. Prints JSON.
+the global weights are loaded for each client, SGD, and a running mean. Both are timed in turn in one process; so are
+clients as one computation, the backend ray, and Flower's own simulation, where Ray is installed. Prints JSON.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,14 +59,14 @@ def flags(data: Path, **changes: Any) -> dict[str, Any]:
     return {**chosen, "device": "cpu", **changes}
 
 
-def simulated(data: Path, out: Path, epochs: int, rounds: int, together: int = 1) -> list[float]:
+def simulated(data: Path, out: Path, epochs: int, rounds: int, **changes: Any) -> list[float]:
     """Seconds of each round but the first, from the end of one to the end of the next: everything is in them.
 
     The data themselves stand in for a test set, so that every example is trained on; it is judged at the end alone.
     """
     ends: list[float] = []
     listener = Listener(lambda *_: None, lambda _: ends.append(time.perf_counter()), lambda *_: None)
-    chosen = flags(data, test=data, test_every=rounds + 2, local_epochs=epochs, rounds=rounds + 2, together=together)
+    chosen = flags(data, test=data, test_every=rounds + 2, local_epochs=epochs, rounds=rounds + 2, **changes)
     simulate(simulation_of(chosen), out, listener)
     # Without the last one, which is judged.
     return [float(x) for x in np.diff(ends)[:-1]]
@@ -104,14 +106,19 @@ class Bare:
 
 
 def speed(folder: Path, epochs: int, rounds: int, repeats: int) -> dict[str, Any]:
-    """Both in turn; the ratio is that of the medians over all turns."""
+    """All in turn; the ratio is that of the medians over all turns."""
     data = make_images(folder / "speed.npz", CLIENTS * SAMPLES, SIDE, 3)
     bare, ours, theirs, grouped = Bare(data, epochs), [], [], []
+    spread: list[float] = []
+    stock: list[float] = []
     bare.round()
     for turn in range(repeats):
         theirs += [bare.round() for _ in range(rounds)]
         ours += simulated(data, folder / f"out-{epochs}-{turn}", epochs, rounds)
-        grouped += simulated(data, folder / f"together-{epochs}-{turn}", epochs, rounds, TOGETHER)
+        grouped += simulated(data, folder / f"together-{epochs}-{turn}", epochs, rounds, together=TOGETHER)
+        if find_spec("ray") is not None:
+            spread += simulated(data, folder / f"ray-{epochs}-{turn}", epochs, rounds, backend="ray")
+            stock += flower(data, rounds) if epochs == 1 else []
     ratio = median(ours) / median(theirs)
     return {
         "local_epochs": epochs,
@@ -121,9 +128,18 @@ def speed(folder: Path, epochs: int, rounds: int, repeats: int) -> dict[str, Any
         "goal": GOAL,
         "together": TOGETHER,
         "together_s": median(grouped),
+        "ray_s": median(spread) if spread else None,
+        "flower_s": median(stock) if stock else None,
         "reached": ratio <= GOAL,
         "load_1min": load(),
     }
+
+
+def flower(data: Path, rounds: int) -> list[float]:
+    """Seconds of each round of Flower's own simulation, as its documents show it; in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("stock_simulation.py")), str(data), str(rounds)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [float(x) for x in json.loads(answer.stdout.splitlines()[-1])]
 
 
 def memory(folder: Path) -> dict[str, Any]:
