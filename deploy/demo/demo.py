@@ -165,7 +165,9 @@ class Demo:
         source = make(self.folder / "made", subject.per_class, PHANTOM_SEED, **how)
         say(f"Made {subject.per_class} {subject.what} per class (no medical data) in {source}")
         if self.test_folder is None:
-            self.test_folder = make(self.folder / "unseen", subject.test_per_class, PHANTOM_SEED + 1)
+            # Shuffled as well: labels dealt by chance agree with the truth a little more or less often than not. A model may
+            # learn that little, and true labels would then judge it as far better or far worse than chance.
+            self.test_folder = make(self.folder / "unseen", subject.test_per_class, PHANTOM_SEED + 1, **how)
         return source
 
     def _keep_unseen(self, source: Path) -> tuple[Path, Path]:

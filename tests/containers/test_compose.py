@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 import shutil
 import ssl
 import subprocess
@@ -311,6 +312,37 @@ def test_a_queue_goes_through_the_door(compose: Compose) -> None:
 
     wait_until(averaged, "the average", DEADLINE_S)
     assert f"_FinalGlobal_v{before + 1}.safetensors" in compose.site(SITES[0], "download", STUDY)
+
+
+def test_a_token_in_the_environment_opens_the_tunnel(compose: Compose, tmp_path: Path) -> None:
+    """With a stand-in for ngrok's agent, which passes TLS on to the proxy."""
+    agent, override = tmp_path / "ngrok", tmp_path / "agent.yaml"
+    agent.write_text("#!/opt/medhive/bin/python\n" + (ROOT / "tests" / "support" / "ngrok_agent.py").read_text("utf-8"))
+    agent.chmod(0o755)
+    service = {"volumes": [f"{agent}:/agent:ro"], "environment": {"MEDHIVE_TUNNEL_AGENT": "/agent"}}
+    override.write_text(json.dumps({"services": {"tunnel": service}}))
+    token = secrets.token_urlsafe(24)
+    files = (*compose.files, str(override))
+    tunnel = Compose(
+        tmp_path, files, None, compose.name, compose.port, compose.mlflow_port, more={"NGROK_AUTHTOKEN": token}
+    )
+    try:
+        tunnel.command("up", "--detach", "--no-build")
+        tunnel.wait_healthy("tunnel")
+        address = tunnel.admin_json("tunnel")["address"]
+        assert address in tunnel.command("logs", "--no-color", "tunnel")
+        # From where the tunnel's other end stands in; what its certificate says is looked at elsewhere.
+        unverified = "context=ssl._create_unverified_context()"
+        ask = f"import ssl, urllib.request as u; print(u.urlopen('{address}/health', {unverified}).status)"
+        assert tunnel.command("exec", "--no-TTY", "tunnel", "python", "-c", ask).strip() == "200"
+        assert token not in tunnel.command("logs", "--no-color", "tunnel") + run(
+            "docker", "top", tunnel.container("tunnel")
+        )
+        run("docker", "stop", "--time", "5", tunnel.container("tunnel"))
+        state = json.loads(run("docker", "inspect", tunnel.container("tunnel")))[0]["State"]
+        assert state["ExitCode"] == 0, "it had to be killed"
+    finally:
+        tunnel.command("rm", "--stop", "--force", "tunnel")
 
 
 def test_a_second_up_after_down_keeps_everything(compose: Compose) -> None:

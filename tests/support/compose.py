@@ -63,6 +63,7 @@ class Compose:
 
     Args:
         own_tls: a certificate of the coordinator's own, as `TLS_DIR`, which hospitals trust by `EXTRA_CA_FILE`.
+        more: further settings, as in `.env`.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Compose:
     port: int = field(default_factory=free_port)
     mlflow_port: int = field(default_factory=free_port)
     hospitals: dict[str, str] = field(default_factory=dict)
+    more: Mapping[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +99,14 @@ class Compose:
         """What makes every `docker compose`, and `make`, mean this project."""
         named = {"COMPOSE_PROJECT_NAME": self.name, "COMPOSE_FILE": os.pathsep.join(self.files)}
         own = {"TLS_DIR": str(self.own_tls.folder)} if self.own_tls else {}
-        return {**named, **own, "PUBLIC_NAME": HOST, "PORT": str(self.port), "MLFLOW_PORT": str(self.mlflow_port)}
+        return {
+            **named,
+            **own,
+            **self.more,
+            "PUBLIC_NAME": HOST,
+            "PORT": str(self.port),
+            "MLFLOW_PORT": str(self.mlflow_port),
+        }
 
     def make(self, *words: str, check: bool = True) -> str:
         """`make ...`; returns all that it printed."""

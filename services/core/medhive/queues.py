@@ -33,9 +33,9 @@ from medhive.states import ConsentState
 from medhive.strategies import MAX_EXAMPLES, AggregateNotFinite
 from medhive.wire import MAX_TEXT, Answer, Fenced
 
-MAX_CAPACITY = 1000
 QUEUE_PREFIX = "QUEUE_"
 """Of the names of queues, by which consents, versions and commands tell them from runs."""
+MAX_CAPACITY = 1000
 """A hundred times the default; more hospitals are served by more executions."""
 MAX_STALENESS = 1000
 """Versions. A change that is a thousand versions old says nothing about the newest one."""
