@@ -16,12 +16,15 @@ import httpx
 import pytest
 from gateway_world import GatewayProcess, Hospital, World, running_gateway, until
 from public_address import PublicCa, public_address
+from queue_world import agree, open_queue, signed_manifest
 
 from fl_client.gateway import Gateway
 from fl_client.identity import Keys, connect, discover, join
 from fl_client.store import Store
 from medhive.client import GatewayClient, introduce
 from medhive.errors import BadSignature, SealBroken, SealedOnly
+from medhive.packing import sha256_file
+from medhive.queues import MANIFEST_HEADER, manifest_to_header
 from medhive.sealing import CHUNK_BYTES, REQUEST_HEADER, SEAL_HEADER, SiteSealing
 from medhive.signing import SigningKey
 from medhive.version import PROTOCOL, PROTOCOL_HEADER
@@ -197,6 +200,32 @@ def test_the_middle_reads_no_weights_and_both_ways_arrive_whole(scene: Scene) ->
     seen = scene.middle
     assert len(seen.seen) > len(content) + update.stat().st_size and scene.path(digest).encode() in seen.seen
     assert not seen.reads(content) and not seen.reads(update.read_bytes())
+
+
+def test_a_queue_is_sealed_both_ways(scene: Scene) -> None:
+    """The newest model comes down, a contribution goes up and is averaged from, and the middle reads neither."""
+    world, study = scene.world, scene.world.study(scene.inside)
+    base = world.released(study, scene.inside, seed=secrets.randbits(32), size=WEIGHTS)
+    queue = open_queue(world, study, min_sites=1)
+    agree(scene.inside, queue)
+    scene.middle.forget()
+    model, update = scene.folder / "newest", scene.weights()[0]
+    scene.gateway.fetch_version(study, base.version, model, digest=base.digest, size_bytes=base.size_bytes)
+    assert sha256_file(model) == base.digest
+    manifest = signed_manifest(queue, base, update, site="north", key=scene.keys.consent_key())
+    scene.gateway.send_contribution(manifest, update)
+    assert len(scene.middle.seen) > base.size_bytes + update.stat().st_size
+    assert not scene.middle.reads(model.read_bytes()) and not scene.middle.reads(update.read_bytes())
+    kept = world.admin.get(f"{API}/studies/{study}/queue/contributions")
+    assert [(row["state"], row["digest"]) for row in kept] == [("waiting", sha256_file(update))]
+    # What would be seen if it were not sealed is not taken: the test can tell.
+    again = signed_manifest(queue, base, model, site="north", key=scene.keys.consent_key())
+    with scene.outsider() as http:
+        headers = {MANIFEST_HEADER: manifest_to_header(again), "Content-Range": f"bytes 0-{PART - 1}/{base.size_bytes}"}
+        sent = http.post("/upload", content=model.read_bytes()[:PART], headers=headers)
+        taken = http.get("/download", params={"study": study})
+    assert [answer.json()["type"].rpartition(":")[2] for answer in (sent, taken)] == ["sealed-only"] * 2
+    assert scene.middle.reads(model.read_bytes())
 
 
 def test_an_old_hospital_hears_what_to_do_and_nothing_of_its_update_leaves(scene: Scene) -> None:

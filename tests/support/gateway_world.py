@@ -427,11 +427,11 @@ class World:
         body = {"fence": lease.fence, "state": "completed", "digest": digest, **more}
         return RunAnswer.model_validate(self.server.post(f"{API}/server/runs/{run.id}/end", body))
 
-    def released(self, study: str, *hospitals: Hospital, seed: int = 0, **more: Any) -> VersionAnswer:
+    def released(self, study: str, *hospitals: Hospital, seed: int = 0, size: int = 100, **more: Any) -> VersionAnswer:
         """A whole run in short; returns the version that it made."""
         run = self.ready(study, *hospitals)
         lease = self.started(run)
-        path, digest = self.weights(seed)
+        path, digest = self.weights(seed, size)
         self.server.upload(f"{API}/runs/{run.id}/blobs/{digest}", path)
         number = self.complete(run, lease, digest, **more).version
         return VersionAnswer.model_validate(self.admin.get(f"{API}/studies/{study}/versions/{number}"))
