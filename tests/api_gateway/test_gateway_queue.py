@@ -138,6 +138,12 @@ def test_more_than_the_capacity_triggers_the_next_one(world: World) -> None:
     assert scene.status().queue_size == 1
     stale = [(row.version, row.staleness, row.weight) for row in scene.contributions()]
     assert stale[2:4] == [(3, 1, pytest.approx(0.5 / 2**0.5))] * 2 and stale[4] == (None, None, None)
+    # Hospitals decide on a queue's versions as on a run's, and go back to the one before.
+    hospital, path = scene.hospitals[0], f"{API}/studies/{scene.study}/versions"
+    for number, decision in ((2, "accepted"), (3, "accepted"), (3, "rejected")):
+        hospital.client.post(f"{path}/{number}/decisions", hospital.decision(scene.version(number), decision))
+    decided = [[str(item.state) for item in scene.version(n).decisions if item.site == hospital.site] for n in (2, 3)]
+    assert decided == [["accepted"], ["rejected"]]
 
 
 def test_the_same_contribution_counts_once(world: World) -> None:
