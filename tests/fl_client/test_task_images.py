@@ -304,7 +304,7 @@ def test_resizing_keeps_the_shape_of_things() -> None:
     assert resize(np.full((3, 5, 4), 9, dtype=np.uint8)).shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(50, 100, 32), (233, 180, 64), (17, 9, 48), (40, 41, 41)])
+@pytest.mark.parametrize(("height", "width", "size"), [(50, 100, 32), (100, 77, 32), (17, 9, 48), (40, 41, 41)])
 def test_resizing_gives_the_bits_of_monai(height: int, width: int, size: int) -> None:
     image = np.random.default_rng(height).integers(0, 256, (3, height, width), dtype=np.uint8)
     mode = "area" if max(height, width) >= size else "bilinear"
