@@ -87,6 +87,18 @@ def test_global_weights_are_for_all(store: Store) -> None:
     assert store.other.http.get(store.path(digest)).content == path.read_bytes()
 
 
+def test_what_is_made_for_one_site_is_for_it_alone(store: Store) -> None:
+    path, digest = store.world.weights(seed=102)
+    place, name = store.path(digest), store.hospital.site
+    store.world.server.upload(f"{API}{place}?site={name}", path)
+    assert store.hospital.http.get(place).content == path.read_bytes()
+    assert store.other.http.get(place).status_code == store.other.http.head(place).status_code == 404
+    # The same bytes may be for two, each of whom is asked about by itself.
+    store.world.server.upload(f"{API}{place}?site={store.other.site}", path)
+    assert store.other.http.get(place).content == path.read_bytes()
+    assert put(store.hospital, f"{place}?site={store.other.site}", b"x", 0, 1).status_code == 403
+
+
 def test_bytes_that_are_something_else_are_refused(store: Store) -> None:
     data, digest = content(100, store.study + "wrong")
     answer = put(store.hospital, store.path(digest), b"x" * 100, 0, 100)

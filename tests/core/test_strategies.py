@@ -63,7 +63,7 @@ def updates_in(folder: Path, models: Sequence[Arrays], examples: Sequence[int] |
     for place, arrays in enumerate(models):
         path = folder / f"update-{place:03d}"
         write_weights(path, arrays)
-        found.append(Update(f"site_{place:03d}", path, examples[place] if examples else 10 * (place + 1)))
+        found.append(Update(f"site_{place:03d}", path, examples[place] if examples else 10 * (place + 1), rate_sum=0.5))
     return found
 
 

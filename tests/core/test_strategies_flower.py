@@ -25,6 +25,7 @@ THEIRS: Mapping[str, Any] = {
     "fedtrimmedavg": flower.FedTrimmedAvg,
     "krum": flower.Krum,
 }
+NOT_FLOWERS = {"fedbn", "scaffold"}
 LEFT_OUT = {"eta_l", "proximal_mu"}
 """Rates of the sites: options of the run here."""
 SHAPES: dict[str, tuple[int, ...]] = {"conv.weight": (8, 4, 3, 3), "norm.bias": (8,), "scale": ()}
@@ -91,13 +92,13 @@ def local_training(base: Arrays, seed: int) -> Arrays:
     return {name: np.asarray(a + 0.1 * rng.standard_normal(a.shape), np.float32) for name, a in sorted(base.items())}
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", THEIRS)
 def test_parameters_and_defaults_are_flowers(name: str) -> None:
     assert strategy_parameters(name) == their_parameters(THEIRS[name])
 
 
 def test_every_strategy_is_compared() -> None:
-    assert STRATEGIES.keys() == THEIRS.keys() == {name for name, _, _ in CASES}
+    assert STRATEGIES.keys() - NOT_FLOWERS == THEIRS.keys() == {name for name, _, _ in CASES}
 
 
 @pytest.mark.parametrize(("name", "params", "exact"), CASES)

@@ -1,18 +1,23 @@
 """Whatever process is killed during a run, the run ends with the same bits as one that nothing happened to.
 
-The strategy is one that remembers something between rounds (FedAdam), and the hospitals keep their optimisers' state, so
-that a round which is repeated, left out, or begun from the wrong place shows in the digest of the weights. One hospital's
-trainer is held still in the second round, so that every kill comes in the middle of a round of which two answers are in.
+The strategy is one that remembers something between rounds and sends each hospital something of its own (SCAFFOLD), and
+the hospitals keep their optimisers' state, so that a round which is repeated, left out, or begun from the wrong place shows
+in the digest of the weights. One hospital's trainer is held still in the second round, so that every kill comes in the
+middle of a round of which two answers are in.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from hospital_world import SITES, World, is_alive
 
+from fl_client import updates
+from fl_client.trainer import Trainer
+from medhive.packing import read_weights
 from medhive.wire import VersionAnswer
 
 pytestmark = pytest.mark.timeout(600)  # the first test starts a whole installation of eight processes
@@ -20,7 +25,7 @@ ROUNDS = 3
 KILL_IN = 2  # the round in which each process dies
 A, B, C = SITES
 MANY_EPOCHS = 50  # some seconds, so that a kill after the first comes in the middle of a training
-SPEC: dict[str, Any] = {"rounds": ROUNDS, "strategy": "fedadam", "seed": 7}
+SPEC: dict[str, Any] = {"rounds": ROUNDS, "strategy": "scaffold", "seed": 7}
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def test_a_killed_process_of_the_coordinator_changes_no_bit(world: World, unbrok
     with world.held_in_round(run_id, KILL_IN, C, other=A):
         for site in (A, B):
             world.accepted(run_id, KILL_IN, site)
+            assert list((world.state(site) / "runs" / run_id).glob("correction-*.safetensors"))
         COORDINATOR[victim](world)
         assert world.find(run_id, "round.closed", round=KILL_IN) is None
     require_same_bits(world, run_id, unbroken)
@@ -132,6 +138,46 @@ def test_a_killed_node_of_a_hospital_changes_no_bit(world: World, unbroken: Unbr
         world.wait(lambda: not is_alive(trainer), "the end of the trainer without its node")
         world.connect(A)
     require_same_bits(world, run_id, unbroken)
+
+
+def test_layers_that_a_hospital_keeps_to_itself_outlive_a_kill_and_are_used(world: World) -> None:
+    """FedBN: what the hospitals make of their batch normalisation stays theirs, in training, judging and predicting."""
+    spec: dict[str, Any] = {"rounds": KILL_IN, "strategy": "fedbn", "seed": 7}
+    world.study("normalised", model="resnet-bn")
+    world.warm_up("normalised")
+    unbroken = world.begin("normalised", base_version=0, **spec)
+    version = world.completed(unbroken)
+    run_id = world.begin("normalised", base_version=0, **spec)
+    with world.held_in_round(run_id, KILL_IN, A, other=C) as trainer:
+        taken_up(world, run_id, A)
+        world.stack.programs[A].kill()
+        world.wait(lambda: not is_alive(trainer), "the end of the trainer without its node")
+        world.connect(A)
+    again = world.completed(run_id)
+    assert (again.digest, again.metrics) == (version.digest, version.metrics)
+    own = {site: own_layers(world, site, run_id) for site in SITES}
+    assert same_layers(own[A], own_layers(world, A, unbroken))
+    assert not same_layers(own[A], own[B])
+    with world.site(A) as site, Trainer(site.limits) as trainer_here:
+        arrival = site.store.version("normalised", again.version)
+        assert arrival is not None
+        everybody = read_weights(arrival.file)
+        assert not same_layers(own[A], {name: everybody[name] for name in own[A]})
+        images = site.settings.data_dir
+        mine = updates.predict(site, trainer_here, images, study="normalised", version=again.version)
+        (site.folder("models") / "normalised" / f"{A}_{run_id}_own.safetensors").unlink()
+        everybodys = updates.predict(site, trainer_here, images, study="normalised", version=again.version)
+    assert [item["probabilities"] for item in mine] != [item["probabilities"] for item in everybodys]
+
+
+def own_layers(world: World, site: str, run_id: str) -> Mapping[str, Any]:
+    kept = world.state(site) / "models" / "normalised" / f"{site}_{run_id}_own.safetensors"
+    world.wait(kept.exists, f"what {site} keeps of {run_id}")
+    return read_weights(kept)
+
+
+def same_layers(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_a_killed_trainer_begins_its_round_anew_and_changes_no_bit(world: World) -> None:

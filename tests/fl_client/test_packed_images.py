@@ -1,5 +1,6 @@
 """Images in packed files: read as published, and nothing that a hostile file says is believed or run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from fl_client.check import check_data, study_of_folder
 from fl_client.tasks import LocalOptions, RoundPlan, finish, load_task
-from fl_client.tasks.errors import DataFolderMissing, UnknownClass, WrongOption
+from fl_client.tasks.errors import DataFolderMissing, UnknownClass, WrongArchitecture, WrongOption
 from fl_client.tasks.image_training import cropped, middle, whitened
 from fl_client.tasks.images import ImageOptions
 from fl_client.tasks.models import build_model
@@ -139,6 +140,22 @@ def test_the_plain_recipe_is_sgd_as_written_down(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         expected = (parameter - 0.02 * parameter.grad).detach().numpy()
         assert np.allclose(result.weights[name], expected, atol=1e-5), name
+
+
+def test_scaffolds_correction_is_taken_off_each_step(tmp_path: Path) -> None:
+    write(tmp_path / "data", "arrays")
+    options = {"image_size": 32, "channels": 3, "model": "cnn", "recipe": "plain", "momentum": 0.9}
+    study = StudyData(classes=("cat", "dog"), options=options)
+    workspace: Any = load_task("image-folder").open(tmp_path / "data", study, b"secret")
+    first = workspace.initial_weights(1)
+    correction = {name: np.full_like(value, 0.5) for name, value in first.items()}
+    plan = RoundPlan(1, 5, 1, batch_size=1000, lr=0.08, seed=1)
+    plain, corrected = (finish(workspace.train(first, replace(plan, correction=c))) for c in (None, correction))
+    assert plain.rate_sum == corrected.rate_sum == 0.08
+    for name, value in plain.weights.items():
+        assert np.allclose(corrected.weights[name], value - 0.08 * 0.5, atol=1e-6), name
+    with pytest.raises(WrongArchitecture):
+        finish(workspace.train(first, replace(plan, correction={"w": np.zeros(3, np.float32)})))
 
 
 def test_a_crop_lies_in_the_image_and_judging_takes_its_middle() -> None:

@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from site_data import IMAGES, TABLE, make_images, make_table
 
@@ -35,7 +37,7 @@ from fl_client.limits import SMALLEST_MEMORY_BYTES, Limits
 from fl_client.store import Store
 from fl_client.trainer import Ticket, Trainer, child_environment
 from medhive.errors import InvalidInput
-from medhive.packing import read_weights, sha256_file
+from medhive.packing import read_weights, sha256_file, write_weights
 
 DEADLINE_S = 60.0
 ONE_THREAD = Limits(cpu_threads=1, device="cpu")
@@ -278,6 +280,34 @@ def test_an_optimiser_state_carries_over_and_the_repeat_is_exact(
         return training(images, tmp_path, name, plan=plan, weights=weights)
 
     assert trainer.run(second("two"))["digest"] == trainer.run(second("again"))["digest"]
+
+
+def test_layers_of_its_own_take_the_place_of_the_global_ones(trainer: Trainer, images: Source, tmp_path: Path) -> None:
+    options = {**images.data.options, "model": "resnet-bn"}
+    images = images.model_copy(update={"data": images.data.model_copy(update={"options": options})})
+    make_base(trainer, images, tmp_path)
+    base, own = tmp_path / "base.safetensors", tmp_path / "own-1.safetensors"
+    plan = Plan(round=1, rounds=2, local_epochs=1, batch_size=16, own_out=own)
+    trainer.run(training(images, tmp_path, "one", plan=plan))
+    kept, trained = read_weights(own), read_weights(tmp_path / "one.safetensors")
+    assert 0 < len(kept) < len(trained)
+    assert all(np.array_equal(kept[name], trained[name]) for name in kept)
+    # The next round begins from the own layers in the global weights: the same as from such a file.
+    write_weights(tmp_path / "mixed", read_weights(base) | kept)
+    again = plan.model_copy(update={"round": 2, "own_out": tmp_path / "own-2.safetensors"})
+    by_own = trainer.run(training(images, tmp_path, "two", plan=again, own={"base": own}))
+    mixed = {"base": tmp_path / "mixed"}
+    assert by_own["digest"] == trainer.run(training(images, tmp_path, "three", plan=again, weights=mixed))["digest"]
+    for kind in (JobKind.EVALUATE, JobKind.JUDGE):
+        fields: dict[str, Any] = {"id": "x", "kind": kind, "source": images, "device": "cpu", "part": "validation"}
+        said = [
+            trainer.run(Job(**fields, weights={"base": base}, own={"base": own})),
+            trainer.run(Job(**fields, weights=mixed)),
+            trainer.run(Job(**fields, weights={"base": base})),
+        ]
+        for item in said:
+            item.pop("training_s", None)
+        assert said[0] == said[1] != said[2]
 
 
 def test_a_table_is_trained_with_the_statistics_of_all(trainer: Trainer, tmp_path: Path) -> None:

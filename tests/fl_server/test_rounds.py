@@ -527,12 +527,36 @@ def test_a_table_study_pools_its_statistics_once(tmp_path: Path) -> None:
     assert all(task.statistics == end.statistics for _, task in world.exchange.sent if task.type == TRAIN)
 
 
+# ---- control variates ------------------------------------------------------------------------------------------------
+
+
+def test_each_site_is_sent_a_correction_of_its_own(tmp_path: Path) -> None:
+    world = World(tmp_path, {"strategy": "scaffold", "rounds": 2})
+    assert world.run().state == "completed"
+    told = {(task.round, task.site): task.correction_digest for _, task in world.exchange.sent if task.type == TRAIN}
+    assert {digest for (number, _), digest in told.items() if number == 1} == {""}
+    second = {site: digest for (number, site), digest in told.items() if number == 2}
+    assert world.desk.alone == {digest: site for site, digest in second.items()}
+    assert len(world.desk.alone) == 3
+
+
+def test_a_site_whose_learning_rates_are_not_the_others_bends_no_control_variate(tmp_path: Path) -> None:
+    world = World(tmp_path, {"strategy": "scaffold", "rounds": 2}, names=("a", "b", "c", "d"))
+    world.sites["b"].rate_sum = 0.0
+    world.sites["c"].rate_sum = 0.0001
+    assert world.run().state == "completed"
+    assert "does not say the sum of its learning rates" in world.dropped(1)["b"]
+    assert "its mean learning rate is 2e-05, far from the others'" in world.dropped(1)["c"]
+    assert set(refused(world, 1)) == {("b", "no-rate-sum"), ("c", "other-learning-rates")}
+
+
 # ---- crashes ---------------------------------------------------------------------------------------------------------
 
 STRATEGIES = [
     {"strategy": "fedavg"},
     {"strategy": "fedavgm", "strategy_params": {"server_momentum": 0.9}},
     {"strategy": "fedadam", "strategy_params": {"eta": 0.01}},
+    {"strategy": "scaffold"},
 ]
 
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from simulation_world import Crash, arguments, make_table, run, table_flags
 
-from fl_client.local_round import local_round
+from fl_client.local_round import LocalRound, local_round
 from fl_client.tasks import RoundPlan, completed
 from fl_client.tasks.phantoms import make_phantoms
 from fl_server.cohort import sample
-from medhive.errors import MedHiveError
+from medhive.errors import InvalidInput, MedHiveError
 from medhive.packing import read_weights, sha256_file, write_weights
 from medhive.strategies import Update, make_strategy
 from medhive.terminal import main
@@ -139,9 +139,51 @@ def test_a_round_that_is_done_again_begins_from_the_state_before_it(tmp_path: Pa
     """A process may die when some clients of a round are done and have kept what they learned in it."""
     states = ClientStates(tmp_path)
     for number in (1, 4, 6):
-        states.save("a", number, b"%d" % number)
+        own = {"norm": np.full(2, number, np.float32)}
+        states.save("a", number, LocalRound({}, 1, {}, [], b"%d" % number, own=own))
     assert [states.load("a", before) for before in (1, 4, 6, 7)] == [None, None, b"4", b"6"]
+    assert [states.own("a", before).get("norm", [0])[0] for before in (1, 4, 6, 7)] == [0, 0, 4, 6]
     assert states.load("b", 3) is None
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "fedbn"])
+def test_what_clients_correct_by_or_keep_to_themselves_survives_too(tmp_path: Path, strategy: str) -> None:
+    make_phantoms(tmp_path / "data", 8)
+    flags: dict[str, Any] = {"data": tmp_path / "data", "clients": 4, "rounds": 3, "local_epochs": 1}
+    flags |= {"options": ("image_size=32", "model=resnet-bn"), "partition": "dirichlet:0.5", "seed": 3}
+    whole = run(tmp_path / "whole", flags | {"strategy": strategy})
+    plain = run(tmp_path / "plain", flags | {"strategy": "fedavg"})
+    assert whole["state"] == plain["state"] == "completed"
+    assert whole["weights_digest"] != plain["weights_digest"]
+
+    def die(done: int, _all: int) -> None:
+        if done == 10:  # in the third round
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(tmp_path / "cut", flags | {"strategy": strategy}, die)
+    assert run(tmp_path / "cut", flags | {"strategy": strategy})["weights_digest"] == whole["weights_digest"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"strategy": "fedbn", "forget": True}, "leave out --forget"),
+        ({"strategy": "scaffold", "together": 2}, "leave out --together"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(table: Path, flags: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidInput, match=reason):
+        run(table / "out", table_flags(table, **flags))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reason"), [("scaffold", "sum of its learning rates"), ("fedbn", "this study's model has none")]
+)
+def test_a_task_that_a_strategy_cannot_have_says_so(table: Path, strategy: str, reason: str) -> None:
+    summary = run(table / "out", table_flags(table, strategy=strategy))
+    assert summary["state"] == "failed"
+    assert reason in summary["reason"]
 
 
 def test_another_simulation_is_not_mixed_in(table: Path) -> None:

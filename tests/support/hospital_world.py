@@ -84,6 +84,10 @@ class World:
         finally:
             site.close()
 
+    def state(self, name: str) -> Path:
+        """A hospital's state folder."""
+        return self.stack.site_folder(name) / "state"
+
     def connect(self, name: str) -> Program:
         """Start `medhive-site run` and wait until it can be given work."""
         before = len(self.log(name))
@@ -139,12 +143,12 @@ class World:
 
     # ---- studies and runs
 
-    def study(self, name: str, *members: str) -> None:
+    def study(self, name: str, *members: str, **options: Any) -> None:
         """Make a study; `members` (all hospitals when left out) then agree to its runs by themselves."""
         body = {
             "name": name,
             "task": "image-folder",
-            "data": DATA.model_dump(mode="json"),
+            "data": DATA.model_copy(update={"options": {**DATA.options, **options}}).model_dump(mode="json"),
             "members": members or self.sites,
         }
         self.admin.post(f"{API}/studies", body)

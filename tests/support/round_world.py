@@ -73,6 +73,7 @@ class Hospital:
     boost: float = 1.0
     initial_seed: int = 42
     statistics: dict[str, list[float]] = field(default_factory=dict)
+    rate_sum: float = 0.5
 
     @property
     def examples(self) -> int:
@@ -101,7 +102,8 @@ class Hospital:
             content = {"statistics": self.statistics}
         elif task.type == TaskType.TRAIN:
             self.trained.append(task.round)
-            content = self.pack(self.train(task)) | self.judge() | {"training_s": 2.0}
+            content = self.pack(self.train(task)) | self.judge()
+            content |= {"training_s": 2.0, "rate_sum": self.rate_sum}
         else:
             content = self.judge()
         return ContributionBody(
@@ -118,13 +120,19 @@ class Hospital:
         )
 
     def train(self, task: TaskBody) -> dict[str, Any]:
-        path = self.folder / "base.safetensors"
-        path.write_bytes(self.desk.blobs[task.base_digest])
+        correction = self.read(task.correction_digest) if task.correction_digest else {}
         rng = np.random.default_rng([self.node_id, task.round])
         return {
-            name: value + np.float32(0.01 * self.boost) * rng.standard_normal(value.shape, np.float32)
-            for name, value in read_weights(path).items()
+            name: value
+            + np.float32(0.01 * self.boost) * rng.standard_normal(value.shape, np.float32)
+            - np.float32(self.rate_sum) * correction.get(name, np.float32(0))
+            for name, value in self.read(task.base_digest).items()
         }
+
+    def read(self, digest: str) -> dict[str, Any]:
+        path = self.folder / "fetched.safetensors"
+        path.write_bytes(self.desk.blobs[digest])
+        return read_weights(path)
 
     def pack(self, weights: Mapping[str, Any]) -> dict[str, Any]:
         path = self.folder / "update.safetensors"
@@ -187,6 +195,7 @@ class DictDesk:
         self.coordinator = SigningKey.generate()
         self.former_key_ids: tuple[str, ...] = ()
         self.blobs: dict[str, bytes] = {}
+        self.alone: dict[str, str] = {}  # what one site alone may read, by digest
         self.reported: dict[int, RoundReport] = {}
         self.ended: RunEnd | None = None
         self.statistics: dict[str, list[float]] = {}
@@ -317,7 +326,9 @@ class DictDesk:
         destination.write_bytes(content)
         return len(content)
 
-    def store(self, source: Path, digest: str) -> int:
+    def store(self, source: Path, digest: str, site: str = "") -> int:
+        if site:
+            self.alone[digest] = site
         self.blobs[digest] = source.read_bytes()
         return source.stat().st_size
 

@@ -21,11 +21,20 @@ from medhive.states import FINAL_RUN_STATES, ConsentState, Role, RoundState
 
 GRACE = timedelta(hours=1)  # how long a file may lie there without a row: a crash between renaming and recording
 SERVER_OWNER = ""
+FOR_ONE_SITE = "@"  # no site's name begins with it
 
 
-def owner_of(work: Work) -> str:
-    """In whose name the caller uploads."""
-    return SERVER_OWNER if work.caller.role is Role.SERVER else work.own_site()
+def owner_of(work: Work, reader: str | None) -> str:
+    """In whose name the caller uploads: a site in its own, the aggregator in its own for all sites or for one reader alone.
+
+    Raises:
+        NotAllowed: a site names a reader.
+    """
+    if work.caller.role is Role.SERVER:
+        return f"{FOR_ONE_SITE}{reader}" if reader else SERVER_OWNER
+    if reader:
+        raise NotAllowed("Only the aggregator uploads for a site.")
+    return work.own_site()
 
 
 def open_run(work: Work, number: int) -> Run:
@@ -51,8 +60,16 @@ def readable(work: Work, run: Run, digest: str) -> bool:
         return True
     query = select(BlobReference.id).where(BlobReference.run_id == run.id, BlobReference.digest == digest)
     if work.caller.role is not Role.SERVER:
-        query = query.where(BlobReference.owner.in_((SERVER_OWNER, work.own_site())))
+        own = work.own_site()
+        query = query.where(BlobReference.owner.in_((SERVER_OWNER, own, f"{FOR_ONE_SITE}{own}")))
     return work.session.scalar(query.limit(1)) is not None
+
+
+def is_kept_for(work: Work, run: Run, digest: str, reader: str) -> bool:
+    """Whether this blob of the run is there for this one site, who else may read it or not."""
+    reference = _reference(run.id, digest, owner_of(work, reader))
+    kept = work.session.scalar(select(BlobReference.id).where(reference)) is not None
+    return kept and work.gateway.blobs.has(digest)
 
 
 def require_readable(work: Work, number: int, digest: str) -> Path:
@@ -66,18 +83,18 @@ def require_readable(work: Work, number: int, digest: str) -> Path:
     return work.gateway.blobs.path(digest)
 
 
-def begin_part(work: Work, number: int, digest: str, part: Part) -> tuple[Path, str]:
+def begin_part(work: Work, number: int, digest: str, part: Part, reader: str | None) -> tuple[Path, str]:
     """Check that the caller may send this part; returns the upload's file and its owner.
 
     Raises:
         Conflict: the run is over.
         TooLarge: the site's quota is used up.
     """
-    run, owner = open_run(work, number), owner_of(work)
+    run, owner = open_run(work, number), owner_of(work, reader)
     if run.state in FINAL_RUN_STATES:
         raise Conflict(f"RUN_{number} is over ({run.state}); nothing more can be uploaded.", state=run.state)
     upload = work.gateway.blobs.upload_path(owner, f"RUN_{number}", digest)
-    if owner:
+    if work.caller.role is not Role.SERVER:
         require_quota(work, owner, part.total + work.gateway.blobs.unfinished_bytes(upload))
     return upload, owner
 

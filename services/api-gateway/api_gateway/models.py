@@ -234,7 +234,8 @@ class BlobReference(Base):
     id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
     digest: Mapped[str] = mapped_column(ForeignKey("blobs.digest"), index=True)
     run_id: Mapped[int | None] = mapped_column(ForeignKey("runs.id"))
-    # Who uploaded it: a site's name, or empty for the aggregator, whose blobs are the run's global weights.
+    # Who uploaded it: a site's name; empty for the aggregator, whose blobs are the run's global weights; `@` and a site's
+    # name for what the aggregator made for that site alone.
     owner: Mapped[str] = mapped_column(Text)
     study: Mapped[str | None] = mapped_column(Text)
     version: Mapped[int | None]

@@ -41,6 +41,9 @@ class TaskBody(SignedBody):
     spec_hash: Digest
     base_digest: Digest | Literal[""] = ""
     base_size_bytes: int = Field(0, ge=0)
+    # Of SCAFFOLD: the vector to correct each step by, made for this site alone.
+    correction_digest: Digest | Literal[""] = ""
+    correction_size_bytes: int = Field(0, ge=0)
     statistics: dict[str, list[FiniteFloat]] = Field(default_factory=dict)
     deadline_s: float = Field(gt=0)
     issued_at: AwareDatetime
@@ -61,6 +64,8 @@ class ContributionBody(SignedBody):
     content_digest: Digest | Literal[""] = ""
     content_size_bytes: int = Field(0, ge=0)
     examples: int = Field(0, ge=0, le=10**9)
+    # The sum of the learning rates of all steps, where the task takes such steps.
+    rate_sum: FiniteFloat = Field(0.0, ge=0)
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict, max_length=4000)
     statistics: dict[str, list[FiniteFloat]] = Field(default_factory=dict)
     # Rows are the true classes, columns the predicted ones, over the site's validation part.

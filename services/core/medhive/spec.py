@@ -149,6 +149,11 @@ class RunOptions(Frozen):
         """The pull to the global weights that sites train with: only FedProx has one."""
         return self.mu if self.strategy == "fedprox" else 0.0
 
+    @property
+    def keeps_own_layers(self) -> bool:
+        """Whether sites keep the batch normalisation of their own from round to round: only with FedBN."""
+        return self.strategy == "fedbn"
+
 
 class RunSpec(Frozen):
     """The canonical description of a run; its SHA-256 is what hospitals consent to."""

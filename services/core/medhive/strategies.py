@@ -3,7 +3,8 @@
 Every strategy works on files, window by window, so that memory stays at a few MiB whatever the model and however many
 the sites; one base class owns checks, order, windows, state and writing, and a strategy is the few lines of its paper.
 Each gives what Flower 1.41's strategy of the same name gives for the same updates, with the same parameters and
-defaults (tests compare them); Flower's own hold all updates in memory at once and know no checkpoint.
+defaults (tests compare them; Flower has no FedBN and no SCAFFOLD); Flower's own hold all updates in memory at once and
+know no checkpoint.
 
 Numerics. Updates are taken in the order of their sites' names, so that the result does not depend on arrival. A share is
 examples / total, divided in double precision; the mean is a running sum in float32, `sum += float32(share) * update`,
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -48,6 +50,9 @@ MAX_EXAMPLES = 10**9
 """No hospital has a thousand million examples of one kind; also what a signed contribution may claim."""
 MAX_STEP = 10**9
 """Aggregations of one run; bounds what a state read back may claim."""
+
+CONTROL = "control"
+"""What SCAFFOLD remembers: of all sites together under this name, of each under this one with its own behind a dot."""
 
 Shares = Mapping[str, float]
 Reduce = Callable[[slice], Flat]
@@ -83,6 +88,12 @@ class AggregateNotFinite(MedHiveError):
     code = "aggregate-not-finite"
 
 
+class NoRateSum(MedHiveError):
+    """SCAFFOLD needs to know how far a site's steps could take it, and the site does not say."""
+
+    code = "no-rate-sum"
+
+
 class WrongStrategyState(MedHiveError):
     """The server's strategy state belongs to another strategy, or its files are not those of the checkpoint."""
 
@@ -91,11 +102,15 @@ class WrongStrategyState(MedHiveError):
 
 @dataclass(frozen=True)
 class Update:
-    """One site's weights after local training (all of them, no difference), with the examples it trained on."""
+    """One site's weights after local training (all of them, no difference), with the examples it trained on.
+
+    `rate_sum` is the sum of the learning rates of its steps, where its trainer says it.
+    """
 
     site: str
     path: Path
     examples: int
+    rate_sum: float = 0.0
 
     def __post_init__(self) -> None:
         if type(self.examples) is not int or not 0 <= self.examples <= MAX_EXAMPLES:
@@ -107,7 +122,7 @@ class Update:
 
 @dataclass(frozen=True)
 class StateFile:
-    """A vector that a strategy remembers, as a packed file with the model's layout."""
+    """A vector that a strategy remembers, as a packed file with the model's layout, which is never changed."""
 
     name: str
     file: str
@@ -148,14 +163,19 @@ class StrategyState:
 
     def path_of(self, name: str) -> Path | None:
         """The file of a remembered vector; None before the first step."""
-        return next((self.folder / item.file for item in self.files if item.name == name), None)
+        item = self._by_name.get(name)
+        return self.folder / item.file if item else None
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, StateFile]:
+        return {item.name: item for item in self.files}
 
     def remove_superseded(self) -> None:
         """Delete the files of earlier steps in `folder`. Call it once a checkpoint holds this state."""
-        for item in self.files:
-            for path in self.folder.glob(f"{item.name}-*.safetensors"):
-                if path.name != item.file:
-                    path.unlink()
+        for path in self.folder.glob("*-*.safetensors"):
+            item = self._by_name.get(path.name.rpartition("-")[0])
+            if item is not None and path.name != item.file:
+                path.unlink()
 
     def _verify(self) -> None:
         if not 0 <= self.step <= MAX_STEP:
@@ -191,33 +211,54 @@ class AggregateStats:
 class _Member:
     site: str
     examples: int
+    rate_sum: float
     file: WeightsFile
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a strategy combines one cohort: a function from a window to the combined numbers, and what it amounts to."""
+    """How a strategy combines one cohort: a function from a window to the combined numbers, and what it amounts to.
+
+    `remembers` names the vectors that the step rewrites.
+    """
 
     reduce: Reduce
     shares: Shares
     window: int = WINDOW_ELEMENTS
     trimmed: int = 0
+    remembers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Cohort:
+    """Those whose updates count, in the order of names, out of `population` sites that might have been asked."""
+
+    members: tuple[_Member, ...]
+    population: int
 
 
 @dataclass(frozen=True)
 class _Window:
-    """One piece of everything that the server's own step looks at; `step` counts aggregations from 1."""
+    """One piece of everything that the server's own step looks at.
+
+    moments: what was remembered, in the order of the plan's `remembers`; step: counts aggregations from 1.
+    """
 
     base: Flat
     combined: Flat
     moments: Sequence[Flat]
     step: int
+    place: slice
+    shares: Shares
+    cohort: _Cohort
 
 
 class Strategy(ABC):
     """A rule of aggregation; its subclasses are frozen dataclasses of its parameters."""
 
     name: ClassVar[str]
+    corrects: ClassVar[bool] = False
+    """Whether sites correct each of their steps by what `correction` gives, and say their `rate_sum`."""
 
     @property
     def min_updates(self) -> int:
@@ -235,6 +276,8 @@ class Strategy(ABC):
         state: StrategyState,
         out: Path,
         metadata: Mapping[str, str] | None = None,
+        *,
+        population: int = 0,
     ) -> tuple[StrategyState, AggregateStats]:
         """Combine the updates of a round into the file `out`, atomically.
 
@@ -247,20 +290,23 @@ class Strategy(ABC):
             state: of the round before, or `initial_state`.
             out: the file to write.
             metadata: texts for the header of `out`.
+            population: of how many sites those with updates are a sample; at least as many as there are updates.
 
         Raises:
             TooFewUpdates, NoExamples: nothing to combine; InvalidInput: two updates of one site.
             WrongLayout, CorruptWeights, NotFound: a file is not what it should be.
             AggregateNotFinite: the result is no model; nothing was written.
+            NoRateSum: the strategy needs it, and an update lacks it.
             WrongStrategyState: the state is another strategy's.
             NoSpace: the disk is full; nothing was written.
         """
         began = time.perf_counter()
         start = WeightsFile.at(base)
-        members = self._cohort(start.layout, updates)
+        members = self._members(start.layout, updates)
+        cohort = _Cohort(members, max(population, len(updates)))
         with np.errstate(all="ignore"):  # what overflows is found in the result, and refused with words
             plan = self._plan(members)
-            digests, norm = self._write(start, plan, state, out, metadata or {})
+            digests, norm = self._write(start, plan, cohort, state, out, metadata=metadata or {})
         stats = AggregateStats(
             digest=digests[0],
             shares=MappingProxyType({update.site: 0.0 for update in updates} | dict(plan.shares)),
@@ -269,22 +315,22 @@ class Strategy(ABC):
             trimmed=plan.trimmed,
             seconds=time.perf_counter() - began,
         )
-        return self._next_state(state, digests[1:]), stats
+        return self._next_state(state, plan.remembers, digests[1:]), stats
+
+    def correction(self, state: StrategyState, site: str, out: Path) -> str | None:
+        """Write what a site shall correct its steps by to the file `out`; returns its digest, None for no correction."""
+        del state, site, out  # most strategies leave a site's steps as they are
+        return None
 
     @abstractmethod
     def _plan(self, members: Sequence[_Member]) -> _Plan:
         """Decide how these updates are combined; may read them."""
 
-    @property
-    def _remembered(self) -> tuple[str, ...]:
-        """Names of the vectors kept from round to round."""
-        return ()
-
     def _step(self, at: _Window) -> tuple[Flat, Sequence[Flat]]:
         """The new weights and new remembered vectors of one window."""
         return at.combined, ()
 
-    def _cohort(self, layout: Layout, updates: Sequence[Update]) -> tuple[_Member, ...]:
+    def _members(self, layout: Layout, updates: Sequence[Update]) -> tuple[_Member, ...]:
         sites = [update.site for update in updates]
         if len(set(sites)) != len(sites):
             raise InvalidInput("Two updates carry the same site's name; only one of a site may count.")
@@ -298,13 +344,13 @@ class Strategy(ABC):
                 needed=self.min_updates,
                 actual=len(counted),
             )
-        return tuple(_Member(item.site, item.examples, _matching(layout, item)) for item in counted)
+        return tuple(_Member(item.site, item.examples, item.rate_sum, _matching(layout, item)) for item in counted)
 
-    def _moments(self, state: StrategyState, layout: Layout) -> tuple[WeightsFile | None, ...]:
+    def _moments(self, state: StrategyState, names: Sequence[str], layout: Layout) -> tuple[WeightsFile | None, ...]:
         if state.strategy != self.name:
             raise WrongStrategyState(f"The state belongs to {state.strategy}, the run to {self.name}.")
-        paths = [state.path_of(name) for name in self._remembered]
-        if state.step and None in paths:
+        paths = [state.path_of(name) for name in names]
+        if state.step and any(path is None for path, name in zip(paths, names, strict=True) if not _is_of_site(name)):
             raise WrongStrategyState(f"The state of {self.name} lacks files; its parameters changed within the run.")
         files = tuple(WeightsFile.at(path) if path else None for path in paths)
         for file in files:
@@ -313,11 +359,18 @@ class Strategy(ABC):
         return files
 
     def _write(
-        self, base: WeightsFile, plan: _Plan, state: StrategyState, out: Path, metadata: Mapping[str, str]
+        self,
+        base: WeightsFile,
+        plan: _Plan,
+        cohort: _Cohort,
+        state: StrategyState,
+        out: Path,
+        *,
+        metadata: Mapping[str, str],
     ) -> tuple[list[str], float]:
         """Write result and new moments in one pass; returns their digests and the norm of the change."""
-        moments, step, square = self._moments(state, base.layout), state.step + 1, 0.0
-        targets = [state.folder / _state_file(name, step) for name in self._remembered]
+        moments, step, square = self._moments(state, plan.remembers, base.layout), state.step + 1, 0.0
+        targets = [state.folder / _state_file(name, step) for name in plan.remembers]
         with ExitStack() as stack:
             # Contexts end in reverse, so that the result, opened first, takes its name last.
             writers = [stack.enter_context(FlatWriter(out, base.layout, metadata))]
@@ -325,20 +378,20 @@ class Strategy(ABC):
             for window in windows(base.layout.size, plan.window):
                 old = base.read(window.start, window.stop)
                 before = [_read_or_zeros(file, window) for file in moments]
-                new, after = self._step(_Window(old, plan.reduce(window), before, step))
+                at = _Window(old, plan.reduce(window), before, step, window, plan.shares, cohort)
+                new, after = self._step(at)
                 square += _square_of_change(new, old)
                 _require_finite(all(np.isfinite(block).all() for block in after))
                 for writer, block in zip(writers, (new, *after), strict=True):
                     writer.append(block)
         return [writer.digest for writer in writers], math.sqrt(square)
 
-    def _next_state(self, state: StrategyState, digests: Sequence[str]) -> StrategyState:
+    def _next_state(self, state: StrategyState, names: Sequence[str], digests: Sequence[str]) -> StrategyState:
         step = state.step + 1
-        files = tuple(
-            StateFile(name, _state_file(name, step), digest)
-            for name, digest in zip(self._remembered, digests, strict=True)
-        )
-        return StrategyState(self.name, state.folder, step, files)
+        files = {item.name: item for item in state.files}  # what a site left behind stays until its next update
+        for name, digest in zip(names, digests, strict=True):
+            files[name] = StateFile(name, _state_file(name, step), digest)
+        return StrategyState(self.name, state.folder, step, tuple(files.values()))
 
 
 @dataclass(frozen=True)
@@ -349,7 +402,12 @@ class FedAvg(Strategy):
 
     def _plan(self, members: Sequence[_Member]) -> _Plan:
         shares = _shares(members)
-        return _Plan(_weighted_mean(members, shares), shares)
+        return _Plan(_weighted_mean(members, shares), shares, remembers=self._remembered)
+
+    @property
+    def _remembered(self) -> tuple[str, ...]:
+        """Names of the vectors kept from round to round."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -360,6 +418,71 @@ class FedProx(FedAvg):
     """
 
     name: ClassVar[str] = "fedprox"
+
+
+@dataclass(frozen=True)
+class FedBN(FedAvg):
+    """FedAvg here; each site keeps the batch normalisation of its own. Li et al. 2021, https://arxiv.org/abs/2102.07623
+
+    What sites made of theirs is averaged all the same, for those who have none of their own: newcomers, and sites that
+    only evaluate.
+    """
+
+    name: ClassVar[str] = "fedbn"
+
+
+@dataclass(frozen=True)
+class Scaffold(FedAvg):
+    """SCAFFOLD: sites correct their drift by control variates. Karimireddy et al. 2020, https://arxiv.org/abs/1910.06378
+
+    The control variate of a site is the mean gradient of its last training, c_i = (x - y_i) / (K * eta_l) - c + c_i
+    (the paper's option II), and c that of all sites: after a round, c moves by |S| / N times the cohort's mean of the
+    changes of c_i, where N sites are in the run. A site's steps are corrected by c - c_i.
+
+    Both are kept here, and c - c_i is sent to the site: c_i follows from the update, c and K * eta_l (the site's
+    `rate_sum`) alone. So a site uploads no second vector and keeps no state that could be lost or get ahead of what was
+    counted. Means are weighted by examples, as FedAvg's, which is the paper's for sites of equal size.
+    """
+
+    name: ClassVar[str] = "scaffold"
+    corrects: ClassVar[bool] = True
+    server_learning_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self, "server_learning_rate", 0 < self.server_learning_rate <= 1e6, "above 0 and at most 1,000,000")
+
+    def _plan(self, members: Sequence[_Member]) -> _Plan:
+        for member in members:
+            require_rate_sum(member.site, member.rate_sum)
+        shares = _shares(members)
+        # A window of each update and of each control variate, before and after.
+        window = _stack_window(3 * len(members))
+        return _Plan(_weighted_mean(members, shares), shares, window, remembers=(CONTROL, *map(_of_site, shares)))
+
+    def _step(self, at: _Window) -> tuple[Flat, Sequence[Flat]]:
+        control, *own = at.moments
+        sampled = len(at.cohort.members) / at.cohort.population
+        moved, after = control.copy(), []
+        for member, before in zip(at.cohort.members, own, strict=True):
+            update = member.file.read(at.place.start, at.place.stop)
+            change = (at.base - update) / np.float32(member.rate_sum) - control
+            after.append(before + change)
+            moved += np.float32(sampled * at.shares[member.site]) * change
+        if self.server_learning_rate == 1:
+            return at.combined, (moved, *after)
+        return at.base + np.float32(self.server_learning_rate) * (at.combined - at.base), (moved, *after)
+
+    def correction(self, state: StrategyState, site: str, out: Path) -> str | None:
+        """c - c_i of the site; None before the first aggregation, when both are zero."""
+        control = state.path_of(CONTROL)
+        if control is None:
+            return None
+        path = state.path_of(_of_site(site))
+        common, own = WeightsFile.at(control), WeightsFile.at(path) if path else None
+        with FlatWriter(out, common.layout) as writer:
+            for window in windows(common.layout.size):
+                writer.append(common.read(window.start, window.stop) - _read_or_zeros(own, window))
+        return writer.digest
 
 
 @dataclass(frozen=True)
@@ -505,7 +628,10 @@ class Krum(Strategy):
 
 
 STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
-    {kind.name: kind for kind in (FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedMedian, FedTrimmedAvg, Krum)}
+    {
+        kind.name: kind
+        for kind in (FedAvg, FedProx, FedBN, Scaffold, FedAvgM, FedAdam, FedYogi, FedMedian, FedTrimmedAvg, Krum)
+    }
 )
 """Every strategy by its name; the fields of a class are its parameters."""
 
@@ -531,6 +657,16 @@ def make_strategy(name: str, params: Mapping[str, float] | None = None) -> Strat
             raise BadStrategyParameter(f"{kind.name} has no parameter {key!r}{hint}; it has {has}.", parameter=key)
         chosen[key] = _number(kind.name, key, value, known[key])
     return kind(**chosen)
+
+
+def require_rate_sum(site: str, rate_sum: float) -> None:
+    """Refuse an update that SCAFFOLD can make no control variate of. Raises `NoRateSum`."""
+    if not rate_sum > 0:
+        raise NoRateSum(
+            f"The training at {site} does not say the sum of its learning rates, which SCAFFOLD needs: the study's task "
+            "trains in another way. Ask for another strategy.",
+            site=site,
+        )
 
 
 def min_updates(name: str, params: Mapping[str, float] | None = None) -> int:
@@ -690,6 +826,15 @@ def _require_finite(finite: bool) -> None:
             "The aggregate holds NaN or infinity: the updates are too large for float32, or were not checked. "
             "Use a smaller server learning rate, or refuse the updates that diverged."
         )
+
+
+def _of_site(site: str) -> str:
+    """The name of what a strategy remembers of one site; a site that was never asked left nothing behind."""
+    return f"{CONTROL}.{site}"
+
+
+def _is_of_site(name: str) -> bool:
+    return name.startswith(f"{CONTROL}.")
 
 
 def _state_file(name: str, step: int) -> str:

@@ -434,7 +434,10 @@ _RUN_OPTIONS: Final[tuple[tuple[tuple[str, ...], dict[str, Any]], ...]] = (
     (("--local-epochs",), {"type": int, "help": "Epochs at each site and round [5]."}),
     (("--batch-size",), {"type": int, "help": "Examples a step [32; ct-volume 4]."}),
     (("--lr",), {"type": float, "help": "Learning rate [the task's own]."}),
-    (("--strategy",), {"help": "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedmedian, fedtrimmedavg or krum."}),
+    (
+        ("--strategy",),
+        {"help": "fedavg, fedprox, fedbn, scaffold, fedavgm, fedadam, fedyogi, fedmedian, fedtrimmedavg or krum."},
+    ),
     (("--strategy-param",), {"multiple": True, "metavar": "NAME=NUMBER", "help": "A parameter of the strategy."}),
     (("--mu",), {"type": float, "help": "FedProx' pull to the global weights [0.1]."}),
     (("--min-sites",), {"type": int, "help": "Fewest sites that must consent and answer [2]."}),

@@ -45,13 +45,14 @@ from fl_client.jobs import (
     Start,
     Started,
 )
-from fl_client.local_round import evaluated, finite, local_round, validated
+from fl_client.local_round import evaluated, finite, local_round, validated, with_own
 from fl_client.tasks import (
     EpochProgress,
     Judged,
     LocalOptions,
     RoundPlan,
     Skipped,
+    Weights,
     Workspace,
     load_task,
 )
@@ -227,25 +228,30 @@ class Trainer:
         started = time.time()
         plan = _plan_of(job)
         workspace = yield from self._open(job)
-        base = read_weights(_base_of(job))
+        base, own = read_weights(_base_of(job)), _own(job, "base") if plan.own_out is not None else None
+        correction = read_weights(plan.correction) if plan.correction is not None else None
         yield None
         deadline = started + plan.deadline_s if plan.deadline_s else None
         state = plan.state_in.read_bytes() if plan.state_in is not None else None
-        done = yield from _told(job, plan.round, local_round(workspace, base, _round_plan(plan, deadline, state)))
+        round_plan = replace(_round_plan(plan, deadline, state), correction=correction)
+        done = yield from _told(job, plan.round, local_round(workspace, base, round_plan, own))
         if plan.state_out is not None and done.optimiser_state is not None:
             _write_durably(plan.state_out, done.optimiser_state)
+        if plan.own_out is not None and done.own is not None:
+            write_weights(plan.own_out, dict(done.own))
         return {
             **_pack(_out_of(job), done.weights),
             "examples": done.examples,
             "metrics": done.metrics,
             "confusion": done.confusion,
+            "rate_sum": done.rate_sum,
             "training_s": time.time() - started,
         }
 
     def _evaluate(self, job: Job) -> Steps:
         started = time.time()
         workspace = yield from self._open(job)
-        judged = yield from validated(workspace, read_weights(_base_of(job)))
+        judged = yield from validated(workspace, _weights(job, "base"))
         return {**asdict(judged), "training_s": time.time() - started}
 
     def _judge(self, job: Job) -> Steps:
@@ -253,8 +259,8 @@ class Trainer:
         from fl_client.tasks.evaluation import compare  # noqa: PLC0415 - came with the task's own libraries
 
         judged: dict[str, Judged] = {}
-        for name, file in job.weights.items():
-            judged[name] = yield from workspace.judge(read_weights(file), job.part)
+        for name in job.weights:
+            judged[name] = yield from workspace.judge(_weights(job, name), job.part)
         evaluations = {}
         for name, item in judged.items():
             evaluations[name] = {**evaluated(workspace, item).to_json(), "own": finite(item.metrics)}
@@ -293,7 +299,7 @@ class Trainer:
         predictor = load_task(job.source.task).predictor(job.source.data, device=job.device)
         tell = self._reading(job)
         found: list[dict[str, Any]] = []
-        for done, (path, items) in enumerate(predictor.predict_files(read_weights(_base_of(job)), job.paths), 1):
+        for done, (path, items) in enumerate(predictor.predict_files(_weights(job, "base"), job.paths), 1):
             found.extend({"path": str(path), **_prediction(item)} for item in items)
             tell(done, len(job.paths))
             yield None
@@ -442,6 +448,15 @@ def _out_of(job: Job) -> Path:
 
 def _base_of(job: Job) -> Path:
     return job.weights["base"]
+
+
+def _own(job: Job, name: str) -> Weights:
+    return read_weights(job.own[name]) if name in job.own else {}
+
+
+def _weights(job: Job, name: str) -> Weights:
+    """A model as this site uses it."""
+    return with_own(read_weights(job.weights[name]), _own(job, name))
 
 
 # ---- the process ---------------------------------------------------------------------------------------------------

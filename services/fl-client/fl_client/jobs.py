@@ -58,7 +58,10 @@ class Source(Frozen):
 
 
 class Plan(Frozen):
-    """One round of local training; see `fl_client.tasks.base.RoundPlan`. Optimiser states are files."""
+    """One round of local training; see `fl_client.tasks.base.RoundPlan`. Corrections and optimiser states are files.
+
+    `own_out` takes the layers that the site keeps to itself; without it there are none.
+    """
 
     round: int = Field(ge=1)
     rounds: int = Field(ge=1)
@@ -72,6 +75,8 @@ class Plan(Frozen):
     deadline_s: float | None = None
     state_in: Path | None = None
     state_out: Path | None = None
+    own_out: Path | None = None
+    correction: Path | None = None
 
 
 class Job(Frozen):
@@ -79,7 +84,7 @@ class Job(Frozen):
 
     `fingerprint` is that of the data which a person consented to; other data are refused. `weights` are the models to
     work on by name: `base` for train, evaluate and predict; any names for judge, which
-    compares the first one with each other.
+    compares the first one with each other. `own` are the site's own layers, which take their places, by the same names.
     """
 
     id: str
@@ -88,6 +93,7 @@ class Job(Frozen):
     device: str = "auto"
     fingerprint: str = ""
     weights: dict[str, Path] = Field(default_factory=dict)
+    own: dict[str, Path] = Field(default_factory=dict)
     plan: Plan | None = None
     out: Path | None = None
     paths: tuple[Path, ...] = ()

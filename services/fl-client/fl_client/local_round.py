@@ -7,6 +7,7 @@ run exactly this, so that a study that was tried out is the study that is deploy
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,14 @@ from fl_client.tasks.base import (
     EpochProgress,
     FloatArray,
     Judged,
+    Personal,
     RoundPlan,
     Together,
     Weights,
     Workspace,
     completed,
 )
-from fl_client.tasks.errors import NotEnoughExamples
+from fl_client.tasks.errors import NotEnoughExamples, WrongOption
 from medhive.errors import MedHiveError
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ class LocalRound:
     """What a site made of a round.
 
     weights: after training; examples: trained on; metrics: of the validation before it (`val_*`) and of the training;
-    confusion: of the validation; optimiser_state: for the site's own next round.
+    confusion: of the validation; optimiser_state: for the site's own next round; rate_sum: of the training; own: layers that
+    the site keeps to itself, where it does.
     """
 
     weights: dict[str, FloatArray]
@@ -50,17 +53,60 @@ class LocalRound:
     metrics: dict[str, float]
     confusion: list[list[int]]
     optimiser_state: bytes | None
+    rate_sum: float = 0.0
+    own: Weights | None = None
 
 
 LocalRoundSteps = Generator[EpochProgress | None, None, LocalRound]
 
 
-def local_round(workspace: Workspace, base: Weights, plan: RoundPlan) -> LocalRoundSteps:
-    """Judge `base` on the validation part, then train from it; yields as training does, and raises as its two steps."""
-    before = yield from validated(workspace, base)
-    result = yield from workspace.train(base, plan)
-    metrics = {**before.metrics, **result.metrics}
-    return LocalRound(result.weights, result.examples, metrics, before.confusion, result.optimiser_state)
+def local_round(workspace: Workspace, base: Weights, plan: RoundPlan, own: Weights | None = None) -> LocalRoundSteps:
+    """Judge `base` on the validation part, then train from it; yields as training does, and raises as its two steps.
+
+    Args:
+        workspace: the site's data and model.
+        base: the global weights.
+        plan: what to do.
+        own: the layers that the site keeps to itself, as the last training left them, empty before the first; None where
+            it keeps none.
+
+    Raises:
+        WrongOption: it shall keep its batch normalisation, and the model has none.
+    """
+    names = own_layers(workspace) if own is not None else frozenset()
+    start = with_own(base, own)
+    before = yield from validated(workspace, start)
+    result = yield from workspace.train(start, plan)
+    return LocalRound(
+        weights=result.weights,
+        examples=result.examples,
+        metrics={**before.metrics, **result.metrics},
+        confusion=before.confusion,
+        optimiser_state=result.optimiser_state,
+        rate_sum=result.rate_sum,
+        own={name: result.weights[name] for name in sorted(names)} if names else None,
+    )
+
+
+def with_own(weights: Weights, own: Weights | None) -> Weights:
+    """Global weights with a site's own layers in their places."""
+    return {**weights, **own} if own else weights
+
+
+def own_layers(workspace: Workspace) -> frozenset[str]:
+    """What a site keeps to itself with FedBN.
+
+    Raises:
+        WrongOption: there is nothing to keep.
+    """
+    names = workspace.own_layers if isinstance(workspace, Personal) else frozenset()
+    if not names:
+        raise WrongOption(
+            "FedBN lets each site keep its batch normalisation, and this study's model has none; ask for another strategy, "
+            "such as fedavg.",
+            option="strategy",
+        )
+    return names
 
 
 def local_rounds_together(
@@ -119,13 +165,26 @@ def validation_metrics(evaluation: "Evaluation") -> dict[str, float]:
     return metrics
 
 
-def state_file(folder: Path, round_number: int) -> Path:
-    """Where a site keeps its optimiser's state after a round of one run."""
-    return folder / f"optimiser-{round_number}.safetensors"
+class Memory(StrEnum):
+    """What a site keeps from round to round of one run, each in a file bound to its round."""
+
+    OPTIMISER = "optimiser"  # the optimiser's state
+    OWN = "own"  # the layers that it keeps to itself
 
 
-def newest_state(folder: Path, before: int) -> Path | None:
-    """The state of the own last round before this one. Bound to its round, so that a resumed round uses the same."""
-    rounds = (int(file.stem.removeprefix("optimiser-")) for file in folder.glob("optimiser-*.safetensors"))
+def memory_file(folder: Path, kind: Memory, round_number: int) -> Path:
+    """Where a site keeps something of a round."""
+    return folder / f"{kind}-{round_number}.safetensors"
+
+
+def newest_memory(folder: Path, kind: Memory, before: int) -> Path | None:
+    """What the own last round before this one left. Bound to its round, so that a resumed round uses the same."""
+    rounds = (int(file.stem.removeprefix(f"{kind}-")) for file in folder.glob(f"{kind}-*.safetensors"))
     newest = max((number for number in rounds if number < before), default=None)
-    return state_file(folder, newest) if newest is not None else None
+    return memory_file(folder, kind, newest) if newest is not None else None
+
+
+def needed_memory(folder: Path, round_number: int) -> set[Path]:
+    """The files of a run that this round, or its repetition, may still read or write."""
+    found = {memory_file(folder, kind, number) for kind in Memory for number in (round_number, round_number - 1)}
+    return found | {path for kind in Memory if (path := newest_memory(folder, kind, round_number)) is not None}

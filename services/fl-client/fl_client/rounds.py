@@ -21,7 +21,7 @@ from fl_client.activity import ActivityReporter
 from fl_client.events import EpochDone, Listener, RoundDone, RoundFailed, RoundStarted, RunStarted
 from fl_client.flower import Inbound
 from fl_client.jobs import Cancelled, Epoch, Job, JobEvent, JobKind, Opened, Plan, Started
-from fl_client.local_round import newest_state, state_file
+from fl_client.local_round import Memory, memory_file, needed_memory, newest_memory
 from fl_client.site import Site
 from fl_client.store import Reply
 from fl_client.trainer import Trainer
@@ -36,6 +36,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
 # How often a running task asks whether it is still wanted; a withdrawal takes hold within this.
 LOOK_S = 0.5
 
+BASE, CORRECTION = "base", "correction"
 KINDS = {
     TaskType.INITIALISE: JobKind.INITIALISE,
     TaskType.STATISTICS: JobKind.STATISTICS,
@@ -112,9 +113,11 @@ class Worker:
         self._report(order, Activity.QUEUED)
         folder = self._folder(task.run_id)
         self._tidy(folder, order)
-        base = self._fetch_base(order, folder)
+        base = self._fetch(order, folder, BASE, order.task.base_digest, order.task.base_size_bytes)
+        size = order.task.correction_size_bytes
+        correction = self._fetch(order, folder, CORRECTION, order.task.correction_digest, size)
         began = time.monotonic()
-        result = self._work(order, self._job(order, folder, base))
+        result = self._work(order, self._job(order, folder, base, correction))
         contribution = sign(self._contribution(order, result), self._site.consent_key)
         file = folder / _update_name(order) if contribution.body.content_digest else None
         reply = Reply(*order.key, payload=to_bytes(contribution), file=file)
@@ -125,16 +128,12 @@ class Worker:
         self._emit(RoundDone(task.run_id, task.round, task.rounds, task.type.value, metrics, minutes))
         return reply
 
-    def _fetch_base(self, order: Order, folder: Path) -> Path | None:
-        task = order.task
-        if not task.base_digest:
+    def _fetch(self, order: Order, folder: Path, what: str, digest: str, size_bytes: int) -> Path | None:
+        if not digest:
             return None
         self._report(order, Activity.FETCHING)
-        file = folder / f"base-{task.base_digest}.safetensors"
-        self._patiently(
-            order,
-            lambda: self._site.gateway.fetch_blob(task.run_id, task.base_digest, file, task.base_size_bytes),
-        )
+        file, run_id = folder / _fetched_name(what, digest), order.task.run_id
+        self._patiently(order, lambda: self._site.gateway.fetch_blob(run_id, digest, file, size_bytes))
         self._report(order, Activity.QUEUED)
         return file
 
@@ -240,6 +239,7 @@ class Worker:
             content_digest=result.get("digest", ""),
             content_size_bytes=result.get("size_bytes", 0),
             examples=result.get("examples", 0),
+            rate_sum=result.get("rate_sum", 0.0),
             metrics={name: value for name, value in result.get("metrics", {}).items() if math.isfinite(value)},
             statistics=result.get("statistics", {}),
             confusion=result.get("confusion", []),
@@ -249,8 +249,11 @@ class Worker:
 
     # ---- jobs and files ------------------------------------------------------------------------------------------
 
-    def _job(self, order: Order, folder: Path, base: Path | None) -> Job:
+    def _job(self, order: Order, folder: Path, base: Path | None, correction: Path | None) -> Job:
         task, spec = order.task, order.consent.spec
+        training = task.type is TaskType.TRAIN
+        # What this round's own training left counts for the judgement after it, and not for the training itself.
+        own = newest_memory(folder, Memory.OWN, task.round if training else task.round + 1)
         return Job(
             id="/".join(str(part) for part in order.key),
             kind=KINDS[task.type],
@@ -258,7 +261,8 @@ class Worker:
             device=self._site.limits().device,
             fingerprint=order.consent.signed.body.dataset_fingerprint,
             weights={"base": base} if base is not None else {},
-            plan=_plan(order, folder) if task.type is TaskType.TRAIN else None,
+            own={"base": own} if own is not None else {},
+            plan=_plan(order, folder, correction) if training else None,
             out=folder / _update_name(order),
         )
 
@@ -268,18 +272,21 @@ class Worker:
         return folder
 
     def _tidy(self, folder: Path, order: Order) -> None:
-        """Delete what no round can need any more: other weights, sent updates, all optimiser states but the last two."""
-        keep = {f"base-{order.task.base_digest}.safetensors", f"base-{order.task.base_digest}.safetensors.part"}
-        keep |= {state_file(folder, number).name for number in (order.task.round, order.task.round - 1)}
-        newest = newest_state(folder, order.task.round)
-        if newest is not None:
-            keep.add(newest.name)
+        """Delete what no round can need any more: other weights, sent updates, what was kept of rounds before the last."""
+        task = order.task
+        fetched = {_fetched_name(BASE, task.base_digest), _fetched_name(CORRECTION, task.correction_digest)}
+        keep = fetched | {f"{name}.part" for name in fetched}
+        keep |= {path.name for path in needed_memory(folder, task.round)}
         for file in folder.iterdir():
             if file.name not in keep:
                 file.unlink()
 
 
-def _plan(order: Order, folder: Path) -> Plan:
+def _fetched_name(what: str, digest: str) -> str:
+    return f"{what}-{digest}.safetensors"
+
+
+def _plan(order: Order, folder: Path, correction: Path | None) -> Plan:
     task, options = order.task, order.consent.spec.options
     return Plan(
         round=task.round,
@@ -292,8 +299,10 @@ def _plan(order: Order, folder: Path) -> Plan:
         penalty=options.penalty,
         C=options.C,
         deadline_s=task.deadline_s,
-        state_in=newest_state(folder, task.round),
-        state_out=state_file(folder, task.round),
+        state_in=newest_memory(folder, Memory.OPTIMISER, task.round),
+        state_out=memory_file(folder, Memory.OPTIMISER, task.round),
+        own_out=memory_file(folder, Memory.OWN, task.round) if options.keeps_own_layers else None,
+        correction=correction,
     )
 
 

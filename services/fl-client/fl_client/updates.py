@@ -5,8 +5,10 @@ version is in use here (the champion) is the hospital's decision alone; a decisi
 coordinator answers.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +18,14 @@ from typing import Any, Literal
 
 from fl_client.acceptance import MAX_MODEL_BYTES
 from fl_client.consents import DECISION, send_decision
-from fl_client.jobs import Job, JobKind, Plan, Source
+from fl_client.jobs import Job, JobKind, Plan
+from fl_client.local_round import Memory, newest_memory
 from fl_client.site import Site
 from fl_client.store import ChampionEntry, KnownVersion
 from fl_client.trainer import Listener, Trainer
 from medhive.client import Progress
 from medhive.errors import BadSignature, Conflict, DigestMismatch, InvalidInput, NotAllowed, NotFound, TooLarge
+from medhive.leftovers import sync_folder
 from medhive.packing import sha256_file
 from medhive.signing import sign
 from medhive.spec import RunOptions, build_options
@@ -189,6 +193,24 @@ def manifest_file(model: Path) -> Path:
     return model.with_suffix(".manifest.json")
 
 
+def own_layers_of(site: Site, known: KnownVersion) -> Path | None:
+    """The layers that this site kept to itself in the run that made a version; None where it kept none."""
+    body = known.manifest.body
+    return keep_own_layers(site, body.study, body.run_id, body.rounds) if body.run_id else None
+
+
+def keep_own_layers(site: Site, study: str, run_id: str, rounds: int) -> Path | None:
+    """Keep a completed run's own layers beside the models: the folder of the run goes with its end."""
+    kept = site.folder("models") / study / f"{site.name}_{run_id}_own.safetensors"
+    newest = newest_memory(site.folder("runs") / run_id, Memory.OWN, rounds + 1)
+    if newest is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.link(newest, kept)
+        sync_folder(kept.parent)
+    return kept if kept.exists() else None
+
+
 def _write_manifest(path: Path, manifest: Manifest) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
@@ -308,16 +330,25 @@ def judge(
         JobFailed: the data do not allow it; `cause_code` names why.
     """
     known = _known(site, study, version)
-    weights = {CANDIDATE: known.file}
+    models = {CANDIDATE: known}
     champion = site.store.champion(study)
     if champion is not None and champion != version:
-        weights[CHAMPION] = _known(site, study, champion).file
+        models[CHAMPION] = _known(site, study, champion)
+    weights = {name: item.file for name, item in models.items()}
+    own = {name: path for name, item in models.items() if (path := own_layers_of(site, item)) is not None}
     body = known.manifest.body
-    source = site.source(study, body.task, body.data, body.statistics)
-    result = _judge(site, trainer, source, weights, listener)
+    job = Job(
+        id=_job_id("judge"),
+        kind=JobKind.JUDGE,
+        source=site.source(study, body.task, body.data, body.statistics),
+        device=site.limits().device,
+        weights=weights,
+        own=own,
+    )
+    result = _run(trainer, job, listener)
     if local_only:
         weights[LOCAL_ONLY] = _local_only(site, trainer, known, result["fingerprint"], listener)
-        result = _judge(site, trainer, source, weights, listener)
+        result = _run(trainer, job.model_copy(update={"id": _job_id("judge"), "weights": weights}), listener)
     judgement = {
         "evaluations": result["evaluations"],
         "comparisons": result["comparisons"],
@@ -328,10 +359,7 @@ def judge(
     return judgement
 
 
-def _judge(
-    site: Site, trainer: Trainer, source: Source, weights: dict[str, Path], listener: Listener | None
-) -> dict[str, Any]:
-    job = Job(id=_job_id("judge"), kind=JobKind.JUDGE, source=source, device=site.limits().device, weights=weights)
+def _run(trainer: Trainer, job: Job, listener: Listener | None) -> dict[str, Any]:
     return trainer.run(job, listener) if listener else trainer.run(job)
 
 
@@ -532,16 +560,17 @@ def predict(
     known = _known(site, name, number)
     require_intact(known)
     body = known.manifest.body
+    own = own_layers_of(site, known)
     job = Job(
         id=_job_id("predict"),
         kind=JobKind.PREDICT,
         source=site.source(name, body.task, body.data, body.statistics),
         device=site.limits().device,
         weights={"base": known.file},
+        own={"base": own} if own is not None else {},
         paths=tuple(_files_in(path)),
     )
-    result = trainer.run(job, listener) if listener else trainer.run(job)
-    return list(result["predictions"])
+    return list(_run(trainer, job, listener)["predictions"])
 
 
 def _files_in(path: Path) -> Sequence[Path]:

@@ -293,6 +293,8 @@ class Watch:
                 )
             )
         self._ending.pop(run.id, None)
+        if run.version is not None:
+            updates.keep_own_layers(self._site, run.study, run.id, run.rounds)
         self._site.store.keep_run(replace(seen, announced=True))
         # Weights and optimiser states of the rounds; the model itself lies in the models folder.
         shutil.rmtree(self._site.folder("runs") / run.id, ignore_errors=True)

@@ -24,7 +24,7 @@ from medhive.strategies import StrategyState
 from medhive.wire import RoundReport
 
 CHECKPOINT_FILE = "checkpoint.json"
-STRATEGY_FOLDER = "strategy"
+STRATEGY_FOLDER, CORRECTIONS_FOLDER = "strategy", "corrections"
 MAX_CHECKPOINT_BYTES = 256 * 1024 * 1024
 """A thousand sites with a thousand classes' metrics each stay below."""
 
@@ -93,6 +93,13 @@ class RunFolder:
         with no_space_named(folder):
             folder.mkdir(exist_ok=True)
         return folder
+
+    def correction_path(self, round_number: int, site: str) -> Path:
+        """What a site shall correct its steps by in a round, until it closes."""
+        folder = self.round_folder(round_number) / CORRECTIONS_FOLDER
+        with no_space_named(folder):
+            folder.mkdir(exist_ok=True)
+        return folder / f"{site}.safetensors"
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Make a checkpoint the one to resume from, then delete what only the one before needed.

@@ -182,12 +182,21 @@ class Watch:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What one site is to correct its steps by: a packed file here, and what the site is told of it."""
+
+    path: Path
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Question:
     """What the sites of a cohort are asked.
 
     `needed` is how many must answer; fewer possible ones end the wait. `evaluators` are only asked to evaluate, whatever
     `type` is, and do not count for it. `base` is the file of the weights to begin from, and `updates` the folder that takes
-    what the sites make of them, where there are any: these two stay here.
+    what the sites make of them, where there are any: these two stay here. `corrections` are by site.
     """
 
     type: TaskType
@@ -202,11 +211,13 @@ class Question:
     base_size_bytes: int = 0
     statistics: Mapping[str, list[float]] = field(default_factory=dict)
     evaluators: frozenset[str] = frozenset()
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
     base: Path | None = None
     updates: Path | None = None
 
     def to(self, site: str, now: datetime) -> TaskBody:
         """The task for one site."""
+        correction = self.corrections.get(site)
         return TaskBody(
             protocol=PROTOCOL,
             type=TaskType.EVALUATE if site in self.evaluators else self.type,
@@ -218,6 +229,8 @@ class Question:
             spec_hash=self.spec_hash,
             base_digest=self.base_digest,
             base_size_bytes=self.base_size_bytes,
+            correction_digest=correction.digest if correction else "",
+            correction_size_bytes=correction.size_bytes if correction else 0,
             statistics=dict(self.statistics),
             deadline_s=self.deadline_s,
             issued_at=now.astimezone(UTC),

@@ -104,8 +104,8 @@ class Desk(Protocol):
     def fetch(self, digest: str, destination: Path, max_bytes: int) -> int:
         """Bring a blob of the run here; returns the bytes that travelled."""
 
-    def store(self, source: Path, digest: str) -> int:
-        """Bring a file into the run's blobs; returns the bytes that travelled."""
+    def store(self, source: Path, digest: str, site: str = "") -> int:
+        """Bring a file into the run's blobs, for all its sites or for one alone; returns the bytes that travelled."""
 
     @property
     def fence(self) -> int:
@@ -200,8 +200,9 @@ class GatewayDesk:
         path = f"{self._run}/blobs/{digest}"
         return int(self._patiently(lambda: self._client.download(path, destination, digest, max_bytes=max_bytes)))
 
-    def store(self, source: Path, digest: str) -> int:
-        return int(self._patiently(lambda: self._client.upload(f"{self._run}/blobs/{digest}", source)))
+    def store(self, source: Path, digest: str, site: str = "") -> int:
+        path = f"{self._run}/blobs/{digest}{f'?site={site}' if site else ''}"
+        return int(self._patiently(lambda: self._client.upload(path, source)))
 
     def _patiently(self, call: Callable[[], Result]) -> Result:
         return patiently(call, closed=self._closed)

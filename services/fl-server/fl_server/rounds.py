@@ -7,6 +7,7 @@ checkpoint, takes the verified updates that lie in the open round's folder, and 
 are hospitals behind a network (`fl_server.hospitals`) or simulated ones in the same process it does not know.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -21,6 +22,7 @@ from fl_server.collect import (
     Answer,
     Clock,
     Collected,
+    Correction,
     Question,
     StopRequested,
     Watch,
@@ -46,14 +48,18 @@ from medhive.envelope import ContributionBody, TaskType
 from medhive.errors import MedHiveError
 from medhive.packing import Layout, WeightsFile
 from medhive.states import RoundState, RunState
-from medhive.strategies import AggregateStats, Strategy, StrategyState, Update, make_strategy
+from medhive.strategies import AggregateStats, Strategy, StrategyState, Update, make_strategy, require_rate_sum
 from medhive.wire import Refusal, RoundReport, RunEnd, SiteRound
 
 REASON_LENGTH = 500
 """What the gateway takes of a reason."""
 NORM_OUTLIER, OTHER_COLUMNS, OTHER_WEIGHTS = "norm-outlier", "other-columns", "other-initial-weights"
+OTHER_RATES = "other-learning-rates"
 """Codes of what only the comparison with the other sites shows."""
-STATELESS = frozenset({"fedavg", "fedprox", "fedmedian", "fedtrimmedavg", "krum"})
+RATE_FACTOR = 10.0
+"""All sites of a round follow one schedule, which differs from site to site by less than the rounding of its steps; a site
+that claims rates far from the others' would bend SCAFFOLD's control variates."""
+STATELESS = frozenset({"fedavg", "fedprox", "fedbn", "fedmedian", "fedtrimmedavg", "krum"})
 """Strategies that need nothing but the last weights to go on, so that another aggregator can."""
 
 Statistics = dict[str, list[float]]
@@ -121,6 +127,16 @@ class _Opened:
     number: int
     at: datetime
     since: float
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Whom a round asks: `sites` out of `population` that had consented, and `evaluators`; why others may not be asked."""
+
+    sites: tuple[str, ...]
+    left_out: Mapping[str, str]
+    evaluators: Present
+    population: int
 
 
 @dataclass(frozen=True)
@@ -242,19 +258,19 @@ class RunLoop:
 
     def _ask_statistics(self) -> tuple[Collected, Statistics]:
         """The sums over all sites' training rows."""
-        sites, left_out, _ = self._cohort(0, "Statistics", everybody=True)
+        drawn = self._cohort(0, "Statistics", everybody=True)
         question = self._question(TaskType.STATISTICS, 0)
-        collected = self._ask(question, sites, lambda body, _: Answer(body))
+        collected = self._ask(question, drawn.sites, lambda body, _: Answer(body))
         pooled, wrong = pooled_statistics({site: item.body.statistics for site, item in collected.answers.items()})
         collected = self._without(collected, wrong, 0, OTHER_COLUMNS)
-        self._require_enough("Statistics", collected, left_out)
+        self._require_enough("Statistics", collected, drawn.left_out)
         return collected, pooled
 
     def _ask_initial_weights(self, statistics: Statistics) -> tuple[Collected, str]:
         """The digest that the first site in the order of names made; a site that made another is named."""
-        sites, left_out, _ = self._cohort(0, "Initial weights", everybody=True)
+        drawn = self._cohort(0, "Initial weights", everybody=True)
         question = self._question(TaskType.INITIALISE, 0, statistics=statistics)
-        collected = self._ask(question, sites, _with_content)
+        collected = self._ask(question, drawn.sites, _with_content)
         digests = {site: item.body.content_digest for site, item in collected.answers.items()}
         first = next(iter(digests), "")
         wrong = {
@@ -263,7 +279,7 @@ class RunLoop:
             if digest != digests[first]
         }
         collected = self._without(collected, wrong, 0, OTHER_WEIGHTS)
-        self._require_enough("Initial weights", collected, left_out)
+        self._require_enough("Initial weights", collected, drawn.left_out)
         return collected, digests[first]
 
     def _settle_version_zero(self, digest: str, statistics: Statistics) -> tuple[str, Statistics]:
@@ -285,12 +301,13 @@ class RunLoop:
         opened = self._open(number)
         name = f"Round {number} of {self._run.rounds}"
         needed = max(self._options.min_sites, strategy.min_updates)
-        sites, left_out, evaluators = self._cohort(number, name, needed)
-        collected, judged = self._ask_updates(opened, before, sites, evaluators.sites, needed)
-        told = _Told(site_rounds(judged, evaluators.left_out, self._classes), scores_of(judged, self._classes))
+        drawn = self._cohort(number, name, needed)
+        left_out = drawn.left_out
+        collected, judged = self._ask_updates(opened, before, drawn, strategy, needed)
+        told = _Told(site_rounds(judged, drawn.evaluators.left_out, self._classes), scores_of(judged, self._classes))
         try:
             self._require_enough(name, collected, left_out, needed)
-            state, stats = self._aggregate(number, before, strategy, collected)
+            state, stats = self._aggregate(number, before, strategy, collected, drawn.population)
         except MedHiveError:
             self._report(number, self._round_report(RoundState.FAILED, opened, collected, left_out, before, told=told))
             self._log.warning("round.failed", round=number)
@@ -308,10 +325,10 @@ class RunLoop:
         return after
 
     def _ask_updates(
-        self, opened: _Opened, before: Checkpoint, sites: Sequence[str], evaluators: Sequence[str], needed: int
+        self, opened: _Opened, before: Checkpoint, drawn: _Drawn, strategy: Strategy, needed: int
     ) -> tuple[Collected, Collected]:
         """The updates of those who train, and what evaluate-only sites say meanwhile of the weights that they begin with."""
-        number = opened.number
+        number, sites, evaluators = opened.number, drawn.sites, drawn.evaluators.sites
         question = self._question(
             TaskType.TRAIN,
             number,
@@ -321,6 +338,7 @@ class RunLoop:
             base_size_bytes=before.weights.stat().st_size,
             statistics=before.statistics,
             evaluators=frozenset(evaluators),
+            corrections=self._corrections(number, before, sites, strategy),
             updates=self._folder.round_folder(number),
         )
         layout = WeightsFile.at(before.weights).layout
@@ -328,13 +346,40 @@ class RunLoop:
         def check(body: ContributionBody, path: Path | None) -> Answer:
             if body.type is TaskType.EVALUATE:
                 return self._check_evaluation(body, path)
+            if strategy.corrects:
+                require_rate_sum(body.site, body.rate_sum)
             return self._check_update(body, path, before.weights, layout)
 
         # Announced while the sites work already: nobody waits for it.
         asked = self._ask(question, [*sites, *evaluators], check, lambda: self._announce(opened, sites, evaluators))
         collected, judged = asked.apart(self._evaluators)
         norms = {site: answer.norm for site, answer in collected.answers.items()}
-        return self._without(collected, _outlier_reasons(norms), number, NORM_OUTLIER), judged
+        collected = self._without(collected, _outlier_reasons(norms), number, NORM_OUTLIER)
+        if strategy.corrects:
+            collected = self._without(collected, _other_rates(self._mean_rates(collected)), number, OTHER_RATES)
+        return collected, judged
+
+    def _corrections(
+        self, number: int, before: Checkpoint, sites: Sequence[str], strategy: Strategy
+    ) -> Mapping[str, Correction]:
+        """What each site shall correct its steps by, where the strategy wants that; the site alone may read it."""
+        found = {}
+        if strategy.corrects:
+            for site in sites:
+                path = self._folder.correction_path(number, site)
+                digest = strategy.correction(before.strategy, site, path)
+                if digest is not None:
+                    self._desk.store(path, digest, site)
+                    found[site] = Correction(path, digest, path.stat().st_size)
+        return found
+
+    def _mean_rates(self, collected: Collected) -> dict[str, float]:
+        """Each site's mean learning rate, by the number of steps that its examples come to."""
+        rates = {}
+        for site, answer in collected.answers.items():
+            steps = self._options.local_epochs * math.ceil(answer.body.examples / self._options.batch_size)
+            rates[site] = answer.body.rate_sum / max(1, steps)
+        return rates
 
     def _check_update(self, body: ContributionBody, path: Path | None, base: Path, layout: Layout) -> Answer:
         """Look at every number of an update, and at what the site says of itself."""
@@ -345,13 +390,15 @@ class RunLoop:
         return Answer(body, path, stats.norm)
 
     def _aggregate(
-        self, number: int, before: Checkpoint, strategy: Strategy, collected: Collected
+        self, number: int, before: Checkpoint, strategy: Strategy, collected: Collected, population: int
     ) -> tuple[StrategyState, AggregateStats]:
         updates = [
-            Update(site, answer.path, answer.body.examples) for site, answer in collected.answers.items() if answer.path
+            Update(site, answer.path, answer.body.examples, answer.body.rate_sum)
+            for site, answer in collected.answers.items()
+            if answer.path
         ]
         out = self._folder.weights_path(number)
-        return strategy.aggregate(before.weights, updates, before.strategy, out)
+        return strategy.aggregate(before.weights, updates, before.strategy, out, population=population)
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
@@ -395,18 +442,16 @@ class RunLoop:
 
     # ---- asking and reporting --------------------------------------------------------------------------------------
 
-    def _cohort(
-        self, number: int, name: str, needed: int | None = None, *, everybody: bool = False
-    ) -> tuple[tuple[str, ...], Mapping[str, str], Present]:
-        """The sites of a round, why others that had consented may not be asked, and those who only evaluate."""
+    def _cohort(self, number: int, name: str, needed: int | None = None, *, everybody: bool = False) -> _Drawn:
+        """Draw the sites of a round. Raises `TooFewSites`."""
         present, evaluators = self._sites.present().apart(self._evaluators)
         least = self._options.min_sites if needed is None else needed
         if len(present.sites) < least:
             raise TooFewSites(too_few(name, Collected({}, {}), present.left_out, least), needed=least)
-        if everybody:
-            return present.sites, present.left_out, evaluators
-        drawn = sample(present.sites, self._options.fraction, least, self._options.seed, number)
-        return drawn, present.left_out, evaluators
+        sites = present.sites
+        if not everybody:
+            sites = sample(sites, self._options.fraction, least, self._options.seed, number)
+        return _Drawn(sites, present.left_out, evaluators, len(present.sites) + len(present.left_out))
 
     def _question(self, kind: TaskType, number: int, needed: int | None = None, **content: Any) -> Question:
         return Question(
@@ -535,6 +580,17 @@ def _with_content(body: ContributionBody, _: Path | None) -> Answer:
 def _require_usable(weights: Path) -> None:
     """Refuse base weights that are no packed file or hold NaN: against themselves every change must be zero."""
     check_contribution(weights, WeightsFile.at(weights).layout, weights, whose="the base weights")
+
+
+def _other_rates(rates: Mapping[str, float]) -> dict[str, str]:
+    """Sites whose mean learning rate is not that of the others, with the reason."""
+    middle = sorted(rates.values())[len(rates) // 2] if rates else 0.0
+    reason = "its mean learning rate is {:.3g}, far from the others'"
+    return {
+        site: reason.format(rate)
+        for site, rate in rates.items()
+        if not middle / RATE_FACTOR <= rate <= middle * RATE_FACTOR
+    }
 
 
 def _outlier_reasons(norms: Mapping[str, float]) -> dict[str, str]:

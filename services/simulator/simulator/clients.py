@@ -10,6 +10,7 @@ import shutil
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ import numpy as np
 
 from fl_client.local_round import (
     LocalRound,
+    Memory,
     has_training_examples,
     local_round,
     local_rounds_together,
-    newest_state,
-    state_file,
+    memory_file,
+    needed_memory,
+    newest_memory,
     validated,
+    with_own,
 )
 from fl_client.tasks import RoundPlan, Together, Workspace, completed
 from fl_server.checkpoint import write_durably
@@ -52,19 +56,29 @@ class ClientStates:
         self._folder = folder
 
     def load(self, client: str, before: int) -> bytes | None:
-        """The state of the client's own last round before this one."""
-        path = newest_state(self._folder / client, before)
+        """The state of the client's optimiser after its own last round before this one."""
+        path = newest_memory(self._folder / client, Memory.OPTIMISER, before)
         return path.read_bytes() if path is not None else None
 
-    def save(self, client: str, round_number: int, state: bytes) -> None:
-        """Keep the state of a round, and the one before it for a resume. Raises `NoSpace`."""
+    def own(self, client: str, before: int) -> Mapping[str, Flat]:
+        """The layers that the client keeps to itself, as its own last round before this one left them."""
+        path = newest_memory(self._folder / client, Memory.OWN, before)
+        return read_weights(path) if path is not None else {}
+
+    def save(self, client: str, round_number: int, result: LocalRound) -> None:
+        """Keep what a client remembers of a round, and of the one before it for a resume. Raises `NoSpace`."""
+        if result.optimiser_state is None and result.own is None:
+            return
         folder = self._folder / client
         folder.mkdir(parents=True, exist_ok=True)
-        keep = {newest_state(folder, round_number), state_file(folder, round_number)}
-        for path in folder.glob("optimiser-*.safetensors"):
+        keep = needed_memory(folder, round_number)
+        for path in folder.glob("*.safetensors"):
             if path not in keep:
                 path.unlink()
-        write_durably(state_file(folder, round_number), state)
+        if result.optimiser_state is not None:
+            write_durably(memory_file(folder, Memory.OPTIMISER, round_number), result.optimiser_state)
+        if result.own is not None:
+            write_weights(memory_file(folder, Memory.OWN, round_number), dict(result.own))
 
     def remove(self) -> None:
         """Delete them all: the run is over."""
@@ -184,7 +198,8 @@ class InlineSites:
             sums = workspace.statistics() or {}
             told = {name: [float(x) for x in values.ravel()] for name, values in sums.items()}
             return _body(question, site, began, statistics=told), None
-        judged = completed(validated(workspace, base))
+        own = self._states.own(site, question.round + 1) if self._states else {}
+        judged = completed(validated(workspace, with_own(base, own)))
         return _body(
             question, site, began, metrics=judged.metrics, confusion=judged.confusion, examples=judged.examples
         ), None
@@ -212,15 +227,27 @@ class InlineSites:
         ahead = self._ahead.pop(site, None)
         if isinstance(ahead, MedHiveError):
             raise ahead
-        result = ahead or completed(local_round(workspace, base, _plan(question, self._options, state)))
-        if self._states and result.optimiser_state is not None:
-            self._states.save(site, question.round, result.optimiser_state)
+        plan, own = self._plan(question, site, state), self._own(question, site)
+        result = ahead or completed(local_round(workspace, base, plan, own))
+        if self._states:
+            self._states.save(site, question.round, result)
         weights: Mapping[str, Flat] = result.weights
         if fate.poison:
             place = self._place(site)
             weights = poisoned(fate.poison, base, weights, [self._options.seed, question.round, place])
         metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
-        return weights, {"examples": result.examples, "metrics": metrics, "confusion": result.confusion}
+        said = {"examples": result.examples, "rate_sum": result.rate_sum}
+        return weights, {**said, "metrics": metrics, "confusion": result.confusion}
+
+    def _own(self, question: Question, site: str) -> Mapping[str, Flat] | None:
+        if not self._options.keeps_own_layers:
+            return None
+        return self._states.own(site, question.round) if self._states else {}
+
+    def _plan(self, question: Question, site: str, state: bytes | None) -> RoundPlan:
+        correction = question.corrections.get(site)
+        plan = _plan(question, self._options, state)
+        return replace(plan, correction=read_weights(correction.path)) if correction is not None else plan
 
 
 def counted(site: str, body: ContributionBody, path: Path | None, check: Check, refuse: Refuse) -> Answer:

@@ -391,13 +391,12 @@ class FlowerSites(InlineSites):
 
     def _answers(self, question: Question, sites: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """Each site's answer, as they come."""
-        asked = QUESTION.dump_python(_absolute(question), mode="json")
         waiting, free = list(reversed(sites)), list(range(self._engine.places))
         under_way: dict[str, tuple[str, int]] = {}
         while waiting or under_way:
             while waiting and free:
                 site, place = waiting.pop(), free.pop()
-                message = self._engine.send(place, json.dumps({"site": site, "question": asked}).encode())
+                message = self._engine.send(place, _asked(question, site))
                 under_way[message] = site, place
             for message, said in self._engine.poll(list(under_way)).items():
                 site, place = under_way.pop(message)
@@ -406,10 +405,16 @@ class FlowerSites(InlineSites):
             time.sleep(POLL_S)
 
 
-def _absolute(question: Question) -> Question:
-    """The same with files as another process finds them."""
-    base, updates = question.base, question.updates
-    return replace(question, base=base and base.absolute(), updates=updates and updates.absolute())
+def _asked(question: Question, site: str) -> bytes:
+    """The question to one client, with files as another process finds them."""
+    base, updates, correction = question.base, question.updates, question.corrections.get(site)
+    alone = replace(
+        question,
+        base=base and base.absolute(),
+        updates=updates and updates.absolute(),
+        corrections={site: replace(correction, path=correction.path.absolute())} if correction else {},
+    )
+    return json.dumps({"site": site, "question": QUESTION.dump_python(alone, mode="json")}).encode()
 
 
 def _heard(said: bytes) -> tuple[ContributionBody, Path | None]:

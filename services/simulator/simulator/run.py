@@ -20,6 +20,7 @@ from fl_server.rounds import RunLoop
 from medhive.errors import Conflict, InvalidInput
 from medhive.leftovers import remove_leftovers
 from medhive.packing import Flat, read_weights
+from medhive.strategies import make_strategy
 from medhive.wire import RunEnd
 from simulator.clients import ClientStates, InlineSites
 from simulator.desk import MODEL, RecordedRound, ResultDesk, ended
@@ -70,8 +71,13 @@ def prepare(simulation: Simulation, listener: Listener) -> Prepared:
         MedHiveError: the data or the partition do not fit, by cause.
     """
     federation = simulation.read_clients(listener.on_reading)
+    options = simulation.spec.options
+    if simulation.forget and options.keeps_own_layers:
+        raise InvalidInput("FedBN's clients keep layers from round to round; leave out --forget.")
     if simulation.together > 1:
-        _require_together(federation.first(), simulation.spec.options.local_mu)
+        if make_strategy(options.strategy, options.strategy_params).corrects:
+            raise InvalidInput("SCAFFOLD corrects each client's steps by itself; leave out --together.")
+        _require_together(federation.first(), options.local_mu)
     return Prepared(federation, _Tester(simulation, simulation.source, listener))
 
 

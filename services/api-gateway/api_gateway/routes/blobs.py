@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
@@ -15,28 +16,33 @@ from api_gateway.sealed import opener_of, require_sealed, sealed_answer
 from api_gateway.work import Call
 from medhive.errors import InvalidInput, TooSlow
 from medhive.sealing import REQUEST_HEADER, SEAL_HEADER, Opener, plain_length
+from medhive.spec import Name
 from medhive.states import Role
 
 router = APIRouter(tags=["blobs"], route_class=StrictRoute)
 PATH = "/runs/{run_id}/blobs/{digest}"
 MAY = (Role.SERVER, Role.SITE)
+Reader = Annotated[
+    Name | None, Query(alias="site", description="The one site that may read it; the aggregator alone says so.")
+]
 BUFFER_BYTES = 1024**2  # what is written at a time
 Write = Callable[[bytes], object]
 BINARY = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
 
 @router.head(PATH, responses={404: {"description": "Not here; Upload-Offset says how much of it is."}})
-def ask(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep) -> Response:
+def ask(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep, reader: Reader = None) -> Response:
     """Whether the blob is there, or how much of it; who would send it as it is hears here already that it must be sealed."""
     number = number_of(run_id)
     with call.read(*MAY) as work:
         require_sealed(work, request, SEAL_HEADER)
         run = blobs.open_run(work, number)
         store = work.gateway.blobs
-        if blobs.readable(work, run, digest):
+        there = blobs.is_kept_for(work, run, digest, reader) if reader else blobs.readable(work, run, digest)
+        if there:
             size = store.path(digest).stat().st_size
             return Response(headers={"Content-Length": str(size), "Accept-Ranges": "bytes"})
-        upload = store.upload_path(blobs.owner_of(work), run_id, digest)
+        upload = store.upload_path(blobs.owner_of(work, reader), run_id, digest)
     return Response(status_code=404, headers={"Upload-Offset": str(store.resume_at(upload, digest))})
 
 
@@ -56,10 +62,10 @@ def fetch(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep) ->
     responses={200: {"description": "This part is kept; more is to come."}, 201: {"description": "Complete."}},
     openapi_extra={"requestBody": {"required": True, **BINARY}},
 )
-async def send(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep) -> Response:
+async def send(run_id: RunId, digest: BlobDigest, request: Request, call: CallDep, reader: Reader = None) -> Response:
     """One part of at most 8 MiB; Content-Range says which. The last one completes the blob."""
     part = Part.parse(request.headers.get("Content-Range"), content_length(request))
-    upload, owner, opener = await run_in_threadpool(_begin, call, request, number_of(run_id), digest, part)
+    upload, owner, opener = await run_in_threadpool(_begin, call, request, number_of(run_id), digest, part, reader)
     done = await received(
         call, request, upload, part, opener, lambda: blobs.keep(call.gateway, upload, number_of(run_id), digest, owner)
     )
@@ -95,9 +101,11 @@ def content_length(request: Request) -> int | None:
     return plain_length(length) if length is not None and SEAL_HEADER in request.headers else length
 
 
-def _begin(call: Call, request: Request, number: int, digest: str, part: Part) -> tuple[Path, str, Opener | None]:
+def _begin(  # noqa: PLR0917
+    call: Call, request: Request, number: int, digest: str, part: Part, reader: str | None
+) -> tuple[Path, str, Opener | None]:
     with call.read(*MAY) as work:
-        upload, owner = blobs.begin_part(work, number, digest, part)
+        upload, owner = blobs.begin_part(work, number, digest, part, reader)
         sealed = require_sealed(work, request, SEAL_HEADER)
         return upload, owner, opener_of(work, request, part) if sealed else None
 

@@ -158,6 +158,8 @@ class RoundPlan:
         rounds: rounds of the run; the learning rate follows one schedule over all of them.
         lr: peak learning rate; None is the task's own.
         mu: weight of FedProx' proximal term (Li et al. 2020, arXiv:1812.06127); 0 is FedAvg.
+        correction: c - c_i of SCAFFOLD (Karimireddy et al. 2020, arXiv:1910.06378), one array a tensor: each step also
+            takes the learning rate times this off the parameters. None where there is nothing to correct.
         seed: seed of the run; the task derives its own streams from it, the round and nothing else.
         optimiser_state: what the site's own last round of this run returned, or None.
         deadline: Unix time after which training is pointless, or None.
@@ -170,6 +172,7 @@ class RoundPlan:
     batch_size: int = 32
     lr: float | None = None
     mu: float = 0.0
+    correction: Weights | None = None
     seed: int = 42
     optimiser_state: bytes | None = None
     deadline: float | None = None
@@ -191,12 +194,17 @@ class EpochProgress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a round of local training made: new weights, on how many examples, metrics, and the optimiser's state."""
+    """What a round of local training made: new weights, on how many examples, metrics, and the optimiser's state.
+
+    `rate_sum` is the sum of the learning rates of all steps; a task that trains in another way leaves it out, and cannot
+    take part in SCAFFOLD, which it has to honour `RoundPlan.correction` for.
+    """
 
     weights: dict[str, FloatArray]
     examples: int
     metrics: dict[str, float]
     optimiser_state: bytes | None
+    rate_sum: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -324,6 +332,15 @@ class Divisible(Workspace, Protocol):
             parts: (m,) the part that each is in.
             labels: (m,) other classes than they were read with; None leaves them.
         """
+
+
+@runtime_checkable
+class Personal(Workspace, Protocol):
+    """A workspace whose model has layers that a site may keep to itself, as FedBN's do."""
+
+    @property
+    def own_layers(self) -> frozenset[str]:
+        """The names of the tensors of all batch normalisation, running statistics included."""
 
 
 @runtime_checkable

@@ -1,10 +1,12 @@
 """The image classifiers that a study can name, behind one function, so that weights are made the same way everywhere.
 
 Batch normalisation leaks and drifts between sites, so the default model normalises by groups (Wu and He 2018,
-arXiv:1803.08494). Residual branches are added as `x + f(x)`, never in place, which per-example gradients need.
+arXiv:1803.08494); `resnet-bn` is the same net with it, for FedBN, which lets each site keep its own. Residual branches are
+added as `x + f(x)`, never in place, which per-example gradients need.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from fl_client.tasks.base import FloatArray
 from fl_client.tasks.errors import UnknownModel, WrongArchitecture
 
-MODELS = ("resnet-gn", "resnet-gn-wide", "cnn", "densenet121", "efficientnet-b0")
+MODELS = ("resnet-gn", "resnet-gn-wide", "resnet-bn", "cnn", "densenet121", "efficientnet-b0")
 TORCHVISION = "torchvision:"  # prefix of the backbones of the optional extra [vision], as in torchvision:resnet18
 GROUPS = 8  # channels are multiples of it in every stage
 WIDTHS = (32, 48, 64, 96)  # 0.38 M parameters; an epoch of 5,501 images of 96 × 96 takes 13 s on two cores
@@ -26,19 +28,26 @@ VOLUME_WIDTHS = (16, 32, 48, 64)  # 0.54 M parameters
 CONVOLUTIONS: Mapping[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 NAMED_DIFFERENCES = 3  # as many as a person reads
 
+Normalisation = Callable[[int], nn.Module]
+"""Makes the layer that normalises so many channels."""
+
+
+def _by_groups(width: int) -> nn.Module:
+    return nn.GroupNorm(GROUPS, width)
+
 
 class _Residual(nn.Module):
     """Two convolutions of 3 pixels a side, each after normalisation and ReLU, added to their input."""
 
-    def __init__(self, width: int, dimensions: int) -> None:
+    def __init__(self, width: int, dimensions: int, norm: Normalisation) -> None:
         super().__init__()
         convolution = CONVOLUTIONS[dimensions]
         self.last = convolution(width, width, 3, padding=1, bias=False)
         self.branch = nn.Sequential(
-            nn.GroupNorm(GROUPS, width),
+            norm(width),
             nn.ReLU(),
             convolution(width, width, 3, padding=1, bias=False),
-            nn.GroupNorm(GROUPS, width),
+            norm(width),
             nn.ReLU(),
         )
 
@@ -50,12 +59,12 @@ class _Residual(nn.Module):
 class _Halve(nn.Sequential):
     """Halve all sides, change the number of channels."""
 
-    def __init__(self, before: int, after: int, dimensions: int) -> None:
+    def __init__(self, before: int, after: int, dimensions: int, norm: Normalisation) -> None:
         halved = CONVOLUTIONS[dimensions](before, after, 3, stride=2, padding=1, bias=False)
-        super().__init__(nn.GroupNorm(GROUPS, before), nn.ReLU(), halved)
+        super().__init__(norm(before), nn.ReLU(), halved)
 
 
-class ResNetGN(nn.Module):
+class CompactResNet(nn.Module):
     """The default: (n, channels, h, w) or (n, channels, d, h, w) → (n, classes) logits; sides of at least 32.
 
     The head sees each channel's mean and its maximum, since a small lesion hardly moves the mean. Most of the work is done
@@ -64,6 +73,7 @@ class ResNetGN(nn.Module):
     Args:
         every_stage: whether the head sees the maxima of all stages, not of the last alone. What a volume's label is about
             may be a thousandth of it: its gradient then has a short way to the stage where it is still several voxels wide.
+        norm: of all layers; by groups as it comes.
     """
 
     def __init__(
@@ -74,14 +84,19 @@ class ResNetGN(nn.Module):
         dimensions: int = 2,
         *,
         every_stage: bool = False,
+        norm: Normalisation = _by_groups,
     ) -> None:
         super().__init__()
         self.stem = CONVOLUTIONS[dimensions](channels, widths[0], 5, stride=2, padding=2, bias=False)
-        stages = [nn.Sequential(_Halve(a, b, dimensions), _Residual(b, dimensions)) for a, b in pairwise(widths)]
-        self.stages = nn.Sequential(*stages)
-        self.norm = nn.GroupNorm(GROUPS, widths[-1])
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(_Halve(a, b, dimensions, norm), _Residual(b, dimensions, norm))
+                for a, b in pairwise(widths)
+            )
+        )
+        self.norm = norm(widths[-1])
         early = widths[1:-1] if every_stage else ()
-        self.early_norms = nn.ModuleList(nn.GroupNorm(GROUPS, width) for width in early)
+        self.early_norms = nn.ModuleList(norm(width) for width in early)
         self.head = nn.Linear(2 * widths[-1] + sum(early), classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -158,6 +173,13 @@ class ConvNet(nn.Sequential):
         )
 
 
+COMPACT: Mapping[str, Callable[[int, int], nn.Module]] = {
+    "resnet-gn": CompactResNet,
+    "resnet-gn-wide": partial(CompactResNet, widths=WIDE_WIDTHS),
+    "resnet-bn": partial(CompactResNet, norm=nn.BatchNorm2d),
+}
+
+
 def build_model(name: str, *, channels: int, classes: int, seed: int, side: int = 96) -> nn.Module:
     """A model with weights that depend on `seed` alone; the global random state is left as it was.
 
@@ -168,10 +190,8 @@ def build_model(name: str, *, channels: int, classes: int, seed: int, side: int 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name == "resnet-gn":
-            return ResNetGN(channels, classes)
-        if name == "resnet-gn-wide":
-            return ResNetGN(channels, classes, WIDE_WIDTHS)
+        if name in COMPACT:
+            return COMPACT[name](channels, classes)
         if name == "cnn":
             return ConvNet(channels, classes, side)
         if name == "densenet121":
@@ -206,7 +226,7 @@ def build_volume_model(name: str, *, classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "resnet-gn":
-            return ResNetGN(1, classes, VOLUME_WIDTHS, dimensions=3, every_stage=True)
+            return CompactResNet(1, classes, VOLUME_WIDTHS, dimensions=3, every_stage=True)
         if name == "densenet121":
             from monai.networks.nets import DenseNet121  # noqa: PLC0415 - seconds of imports for one of three models
 
@@ -239,6 +259,16 @@ def _torchvision_model(name: str, *, channels: int, classes: int) -> nn.Module:
     except ValueError as error:
         raise UnknownModel(f"torchvision has no model {name!r}.", model=name) from error
     return model
+
+
+def batch_normalisation(model: nn.Module) -> frozenset[str]:
+    """The names of all parameters and buffers of batch normalisation."""
+    return frozenset(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for name in module.state_dict()
+    )
 
 
 def export_weights(model: nn.Module) -> dict[str, FloatArray]:

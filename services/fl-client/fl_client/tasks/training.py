@@ -51,7 +51,7 @@ from fl_client.tasks.errors import (
     WrongOptimiserState,
 )
 from fl_client.tasks.evaluation import InOneGo
-from fl_client.tasks.models import export_weights, load_backbone, load_weights
+from fl_client.tasks.models import batch_normalisation, export_weights, load_backbone, load_weights, require_same_layout
 from fl_client.tasks.together import Together, require_together
 
 DEFAULT_LR = 5e-3  # peak, for batches of 32; found on brain MRI with three sites
@@ -237,6 +237,11 @@ class ClassifierWorkspace(InOneGo):
         """One round of local training that somebody else steps through."""
         return Job(self, weights, plan)
 
+    @property
+    def own_layers(self) -> frozenset[str]:
+        """The names of the tensors of all batch normalisation; see `base.Personal`."""
+        return batch_normalisation(self.model.build(seed=0))
+
     def require_together(self, mu: float) -> None:
         """Raise `WrongOption` where sites of this study cannot be trained together; see `base.Together`."""
         require_together(self.model.build(seed=0), self.model.plain, mu)
@@ -314,6 +319,8 @@ class Job:
         self._global_state = _seeded_state(int(seed[1] >> 1), workspace.device)
         self._steps_per_epoch = math.ceil(len(self._indices) / plan.batch_size)
         self._step = 0
+        self._correction = self._corrected(plan.correction)
+        self._rate_sum = 0.0
 
     @property
     def model(self) -> nn.Module:
@@ -355,6 +362,7 @@ class Job:
                 "train_accuracy": epoch_totals.right / epoch_totals.examples,
             },
             optimiser_state=self._kept_state(),
+            rate_sum=self._rate_sum,
         )
         self._workspace.model.give_back(self._model)
         return result
@@ -385,6 +393,7 @@ class Job:
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
+        self._correct(lr)
         self._pull_back(lr)
         self._step += 1
         totals.loss += value * len(batch)
@@ -412,6 +421,28 @@ class Job:
         for group in self._optimiser.param_groups:
             group["lr"] = lr
         return lr
+
+    def _corrected(self, correction: Weights | None) -> list[Tensor]:
+        """The correction of each parameter: what has no gradient, such as running statistics, drifts by nothing."""
+        if correction is None:
+            return []
+        own = self._model.state_dict()
+        require_same_layout({name: tuple(tensor.shape) for name, tensor in own.items()}, correction)
+        return [
+            torch.from_numpy(np.array(correction[name], np.float32)).to(parameter.device)
+            for name, parameter in self._parameters.items()
+        ]
+
+    def _correct(self, lr: float) -> None:
+        """SCAFFOLD's correction as a step of its own: w ← w − lr·(c − c_i).
+
+        With plain SGD that is the paper's step. With momentum or AdamW it takes off just what `rate_sum` and the way from
+        base to update say of the drift, whatever the optimiser made of the gradient.
+        """
+        self._rate_sum += lr
+        if self._correction:
+            with torch.no_grad():
+                torch._foreach_add_(list(self._parameters.values()), self._correction, alpha=-lr)
 
     def _pull_back(self, lr: float) -> None:
         """FedProx' proximal term as a step of its own: w ← w − lr·μ·(w − w_global).
