@@ -310,6 +310,18 @@ def test_layers_of_its_own_take_the_place_of_the_global_ones(trainer: Trainer, i
         assert said[0] == said[1] != said[2]
 
 
+def test_a_correction_is_read_and_taken_off(trainer: Trainer, images: Source, tmp_path: Path) -> None:
+    make_base(trainer, images, tmp_path)
+    base = read_weights(tmp_path / "base.safetensors")
+    write_weights(tmp_path / "correction", {name: np.full_like(value, 0.1) for name, value in base.items()})
+    plan = Plan(round=1, rounds=2, local_epochs=1, batch_size=16)
+    plain = trainer.run(training(images, tmp_path, "plain", plan=plan))
+    corrected = plan.model_copy(update={"correction": tmp_path / "correction"})
+    result = trainer.run(training(images, tmp_path, "corrected", plan=corrected))
+    assert result["rate_sum"] == plain["rate_sum"] > 0
+    assert result["digest"] != plain["digest"]
+
+
 def test_a_table_is_trained_with_the_statistics_of_all(trainer: Trainer, tmp_path: Path) -> None:
     source = source_of(tmp_path, "tabular")
     sums = trainer.run(Job(id="sums", kind=JobKind.STATISTICS, source=source))["statistics"]

@@ -282,15 +282,17 @@ def test_a_fault_that_cannot_be_is_refused(table: Path, flags: dict[str, Any]) -
 
 
 def test_strategies_are_compared_under_faults(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = table_flags(table, fraction=1.0, rounds=2, poison="0.4:flip", compare="fedavg,FedMedian")
-    assert main(simulate_command, [*arguments(flags, table / "out"), "--json"]) == 0
-    cells = {(cell["strategy"], cell["fault"]): cell for cell in json.loads(capsys.readouterr().out)}
+    flags = table_flags(table, fraction=1.0, rounds=2, poison="0.4:flip", compare="fedavg,FedMedian,fedbn")
+    assert main(simulate_command, [*arguments(flags, table / "out"), "--forget", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "fedbn is left out: FedBN's clients keep layers" in said.err
+    cells = {(cell["strategy"], cell["fault"]): cell for cell in json.loads(said.out)}
     assert set(cells) == {(name, fault) for name in ("fedavg", "fedmedian") for fault in ("none", "flip 0.4")}
     assert all(cell["accuracy"] > 0.5 for cell in cells.values())
     # The table is the simulations' own: each can be looked into.
     summary = json.loads((table / "out" / "fedmedian" / "flip-0.4" / "summary.json").read_text())
     assert summary["heldout"]["accuracy"] == cells["fedmedian", "flip 0.4"]["accuracy"]
-    assert main(simulate_command, arguments(flags, table / "out")) == 0
+    assert main(simulate_command, [*arguments(flags, table / "out"), "--forget"]) == 0
     assert "flip 0.4" in capsys.readouterr().out
     assert len((table / "out" / "comparison.csv").read_text().splitlines()) == 5
     assert main(simulate_command, arguments({**flags, "compare": "fedavgg"}, table / "out2")) == 1

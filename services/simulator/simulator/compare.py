@@ -2,15 +2,16 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from fl_server.checkpoint import write_durably
+from medhive.errors import InvalidInput
 from medhive.strategies import STRATEGIES, make_strategy, strategy_parameters
 from simulator.faults import Faults
-from simulator.run import Listener, prepare, simulate
+from simulator.run import Listener, prepare, require_possible, simulate
 from simulator.study import Simulation
 
 ALL: Final = "all"
@@ -71,14 +72,28 @@ def compare(simulation: Simulation, strategies: Sequence[str], out: Path, listen
     scenarios = scenarios_of(simulation.faults)
     prepared = prepare(simulation, listener)
     cells = []
-    for strategy in strategies:
+    for one in _possible(simulation, strategies, listener):
+        strategy = one.spec.options.strategy
         for fault, faults in scenarios.items():
             listener.on_line(f"{strategy}, {fault}")
-            one = replace(_with_strategy(simulation, strategy), faults=faults)
             folder = out / strategy / fault.replace(" ", "-")
-            cells.append(_cell(strategy, fault, simulate(one, folder, listener, prepared=prepared)))
+            cells.append(
+                _cell(strategy, fault, simulate(replace(one, faults=faults), folder, listener, prepared=prepared))
+            )
     _write(out, cells)
     return cells
+
+
+def _possible(simulation: Simulation, strategies: Sequence[str], listener: Listener) -> Iterator[Simulation]:
+    """One with each strategy; which cannot be simulated so is said, and keeps nobody from seeing the others."""
+    for strategy in strategies:
+        one = _with_strategy(simulation, strategy)
+        try:
+            require_possible(one)
+        except InvalidInput as error:
+            listener.on_line(f"{strategy} is left out: {error}")
+        else:
+            yield one
 
 
 def _with_strategy(simulation: Simulation, strategy: str) -> Simulation:

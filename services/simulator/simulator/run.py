@@ -71,13 +71,8 @@ def prepare(simulation: Simulation, listener: Listener) -> Prepared:
         MedHiveError: the data or the partition do not fit, by cause.
     """
     federation = simulation.read_clients(listener.on_reading)
-    options = simulation.spec.options
-    if simulation.forget and options.keeps_own_layers:
-        raise InvalidInput("FedBN's clients keep layers from round to round; leave out --forget.")
     if simulation.together > 1:
-        if make_strategy(options.strategy, options.strategy_params).corrects:
-            raise InvalidInput("SCAFFOLD corrects each client's steps by itself; leave out --together.")
-        _require_together(federation.first(), options.local_mu)
+        _require_together(federation.first(), simulation.spec.options.local_mu)
     return Prepared(federation, _Tester(simulation, simulation.source, listener))
 
 
@@ -85,6 +80,15 @@ def _require_together(workspace: Workspace, mu: float) -> None:
     if not isinstance(workspace, Together):
         raise InvalidInput("This task cannot train clients together; leave out --together.")
     workspace.require_together(mu)
+
+
+def require_possible(simulation: Simulation) -> None:
+    """Refuse a strategy that the ways to save time or room do not go with. Raises `InvalidInput`."""
+    options = simulation.spec.options
+    if simulation.forget and options.keeps_own_layers:
+        raise InvalidInput("FedBN's clients keep layers from round to round; leave out --forget.")
+    if simulation.together > 1 and make_strategy(options.strategy, options.strategy_params).corrects:
+        raise InvalidInput("SCAFFOLD corrects each client's steps by itself; leave out --together.")
 
 
 def simulate(
@@ -108,6 +112,7 @@ def simulate(
         FolderInUse: another process works there.
         MedHiveError: the data or the choices do not fit, by cause.
     """
+    require_possible(simulation)
     out.mkdir(parents=True, exist_ok=True)
     with FolderLock(out, "medhive-simulate", "choose another --out"):
         remove_leftovers(out, age_s=0)
