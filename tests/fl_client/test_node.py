@@ -257,6 +257,17 @@ def test_a_killed_node_goes_on_with_the_same_bits(scene: Scene, ready: tuple[Run
     assert site.store.inbox() == []
 
 
+def test_the_end_of_the_own_work_is_waited_for_and_no_look_in_between(
+    scene: Scene, ready: tuple[RunAnswer, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, digest = ready
+    monkeypatch.setattr("fl_client.node.WORKING_POLL_S", 600.0)
+    monkeypatch.setattr(scene.site, "settings", scene.site.settings.model_copy(update={"slow_poll_s": 600.0}))
+    with scene.node() as node:
+        for number in (1, 2):
+            assert node.ask(scene.train(run, digest, number)).outcome == "ok"
+
+
 def test_rounds_go_upward_only(scene: Scene, ready: tuple[RunAnswer, str], tmp_path: Path) -> None:
     world, base = scene.world, scene.base
     run, digest = ready

@@ -60,6 +60,9 @@ REFUSED_WAIT_S = 5.0
 ABOUT_COORDINATOR = frozenset({"coordinator", "tunnel"})
 # After a task the next one is likely near, whatever the gateway says.
 FAST_AFTER_TASK_S = 15.0
+# While a task is worked on, only another run's can come, which would share the trainer with it: each look costs the SuperLink
+# about 10 ms of processor time, which with many sites would be missing in training.
+WORKING_POLL_S = 1.0
 
 log = structlog.get_logger()
 
@@ -380,8 +383,11 @@ class Node:
                 fleet.confirm(inbound)
 
     def _pace(self) -> float:
+        """Seconds until the next look for a task; the end of one's own work, and of a quiet time, cuts it short."""
         settings = self._site.settings
-        fast = self._busy or self._in_work or time.monotonic() < self._fast_until
+        if self._in_work:
+            return max(settings.fast_poll_s, min(settings.slow_poll_s, WORKING_POLL_S))
+        fast = self._busy or time.monotonic() < self._fast_until
         return settings.fast_poll_s if fast else settings.slow_poll_s
 
     def _on_outage(self, outage: Outage | None) -> None:
@@ -464,6 +470,8 @@ class Node:
             with self._lock:
                 del self._in_work[order.key]
                 inbounds = tuple(assignment.inbounds)
+            self._fast_until = time.monotonic() + FAST_AFTER_TASK_S
+            self._wake_fleet.set()
         if payload is None:
             return
         for inbound in inbounds:
