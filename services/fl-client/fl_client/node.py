@@ -60,8 +60,8 @@ REFUSED_WAIT_S = 5.0
 ABOUT_COORDINATOR = frozenset({"coordinator", "tunnel"})
 # After a task the next one is likely near, whatever the gateway says.
 FAST_AFTER_TASK_S = 15.0
-# While a task is worked on, only another run's can come, which would share the trainer with it: each look costs the SuperLink
-# about 10 ms of processor time, which with many sites would be missing in training.
+# While a task is worked on, only another run's can come, which would share the trainer with it; and each look costs the
+# SuperLink about 10 ms of processor time, which with many sites would be missing in training.
 WORKING_POLL_S = 1.0
 
 log = structlog.get_logger()
