@@ -28,7 +28,8 @@ from fl_client.container.health import __file__ as health_file
 from fl_client.container.serve import InviteRefused, join_when_it_answers, open_folders, passes_by_itself, refusal
 from fl_client.container.waiting import REMIND_S, Patience, Voice
 from fl_client.events import Connected, Disconnected, Stopped
-from fl_client.identity import AlreadyJoined, Identity, JoinOutcome, WrongAuthority
+from fl_client.gateway import WrongAuthority
+from fl_client.identity import AlreadyJoined, Identity, JoinOutcome
 from fl_client.settings import Settings
 from medhive.errors import (
     BadSignature,

@@ -12,7 +12,8 @@ from public_address import PublicCa, public_address
 from site_data import TABLE
 from site_world import World
 
-from fl_client.identity import WrongAuthority, discover
+from fl_client.gateway import WrongAuthority
+from fl_client.identity import discover
 from fl_client.site import join_site
 from medhive.client import GatewayClient, Trust
 from medhive.errors import Unreachable
@@ -141,6 +142,13 @@ def test_a_hospital_does_not_follow_anybody_else(
         lured = own.open(own.settings("loyal", server_address=address))
         with pytest.raises(WrongAuthority, match="check SERVER_ADDRESS"):
             lured.greet()
+        with pytest.raises(WrongAuthority, match="check SERVER_ADDRESS"):
+            own.open(own.settings("loyal", server_address=f"{address},https://localhost:9")).gateway.studies()
         assert own.open(own.settings("loyal", server_address="")).identity == site.identity
+        own.study("heart", "tabular", TABLE)
+        other_first = {"server_address": f"{address},{own.stack.url}"}
+        passing = own.open(own.settings("loyal", **other_first))
+        assert passing.gateway.studies() == [] and passing.gateway.address == own.stack.url
+        assert join_site(own.settings("late", **other_first), own.invite("late", "heart")).studies == ("heart",)
     finally:
         own.close()

@@ -1,16 +1,21 @@
 """`medhive-site` at a hospital that has joined: real processes against a real gateway, only training is left out."""
 
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_world import STUDY, CommandWorld, Typist, value_of
 from old_files import old_leftover
+from stack import free_port
 
+from fl_client.consents import DataCheck
+from fl_client.queues import grant_queue
 from fl_client.settings import Settings
 from fl_client.site import Site
 from fl_client.tasks.base import load_task
@@ -233,3 +238,32 @@ def test_without_the_coordinator_what_lies_here_is_shown(world: CommandWorld) ->
     assert "not connected: https://localhost:1 does not answer" in status
     world.stack.run(["medhive-site", "history"], env)
     world.stack.run(["medhive-site", "models"], env)
+
+
+def test_status_says_how_full_the_queues_are_and_that_the_first_address_is_left(world: CommandWorld) -> None:
+    first = f"https://localhost:{free_port()}"
+    away = world.stack.site_env("north") | {"SERVER_ADDRESS": f"{first},{world.stack.url}"}
+    world.stack.admin("studies", "queue", STUDY, "--capacity", "4")
+    try:
+        text = " ".join(world.stack.run(["medhive-site", "status"], away).split())
+        assert f"{world.stack.url}, connected" in text
+        assert re.search(rf"first address {first} does not serve this hospital since \d{{4}}-", text), text
+        assert re.search(
+            rf"QUEUE_\d+ of {STUDY}: 0/4 empty, (no model yet|newest version \d+); consent pending", text
+        ), text
+        done = subprocess.run(
+            ["medhive-site", "status", "--json"], env=away, capture_output=True, text=True, check=True
+        )
+        said = json.loads(done.stdout)
+        assert "gateway.address-changed" in done.stderr
+        assert (said["address"], said["first_address"]) == (world.stack.url, first)
+        assert datetime.fromisoformat(said["first_address_left_at"]) <= datetime.now(UTC)
+        with Site.open(Settings(state_dir=world.stack.site_folder("north") / "state")) as site:
+            queue = site.gateway.queue(STUDY)
+            grant_queue(site, queue, person="Dr. North", check=DataCheck("0" * 64, 40, {}, {}))
+            site.store.set_fact(f"queue-update/{STUDY}", {})
+        home = world.stack.site("north", "status")
+        assert "does not serve" not in home
+        assert "0 sent; an update waits for `medhive-site upload`" in home
+    finally:
+        world.stack.admin("studies", "queue", STUDY, "--close", "--reason", "the test is over")

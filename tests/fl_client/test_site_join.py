@@ -10,8 +10,8 @@ import pytest
 from site_data import TABLE
 from site_world import World
 
-from fl_client.gateway import SiteRevoked
-from fl_client.identity import AlreadyJoined, Identity, Invite, NotJoined, WrongAuthority, connect, leave
+from fl_client.gateway import SiteRevoked, WrongAuthority
+from fl_client.identity import AlreadyJoined, Identity, Invite, NotJoined, connect, leave
 from fl_client.settings import Settings
 from fl_client.site import Site, join_site
 from fl_client.store import Store

@@ -1,26 +1,29 @@
 """The contribution queue at the hospital: its own consent decides, real training, an upload that finds its way."""
 
 import contextlib
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from site_data import IMAGES, make_images
 from site_world import World, later
+from stack import Stack
 
 from fl_client import queues
 from fl_client.consents import DataCheck, check_data
 from fl_client.gateway import BACK_TO_FIRST_S, Gateway
+from fl_client.identity import detour_since
 from fl_client.jobs import JobEvent, Started
 from fl_client.limits import Limits
 from fl_client.queues import OtherInitialWeights, QueueClient, TrainingPaused
 from fl_client.site import Site
 from fl_client.trainer import Trainer
 from medhive.client import Trust
-from medhive.errors import Expired, InvalidInput, NotAllowed, NotFound
+from medhive.errors import Expired, InvalidInput, NotAllowed, NotFound, Unreachable
 from medhive.queues import QueueAnswer, QueueOptions
 from medhive.wire import API
 
@@ -237,3 +240,39 @@ def test_the_first_address_is_used_again_when_it_is_back(world: World, site: Sit
         back.cut()
     finally:
         gateway.close()
+
+
+@pytest.fixture(scope="module")
+def ignorant(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A gateway of the same coordinator, by its key, that knows no hospital: a second one that was set up empty."""
+    stack = Stack(tmp_path_factory.mktemp("ignorant"), mlflow=False)
+    shutil.copytree(world.stack.gateway_state / "secrets", stack.gateway_state / "secrets")
+    stack.start_gateway()
+    yield stack
+    stack.stop()
+
+
+def test_an_address_that_does_not_know_this_hospital_is_passed_over(world: World, site: Site, ignorant: Stack) -> None:
+    settings = site.settings.model_copy(update={"server_address": f"{ignorant.url},{world.stack.url}"})
+    with Site.open(settings) as away:
+        assert [study.name for study in away.gateway.studies()] == ["tumours"]
+        assert away.gateway.address == world.stack.url
+        since = detour_since(away.store, world.stack.url)
+        assert since is not None and since <= datetime.now(UTC)
+        # The token is asked for where this hospital is known, and what it is asked against is signed for each address.
+        before = away.store.fact("token")
+        away.gateway.renew()
+        assert away.store.fact("token") != before
+        assert away.gateway.queue_status("tumours").capacity == 10
+    with Site.open(settings) as again:
+        again.gateway.studies()
+        assert detour_since(again.store, world.stack.url) == since
+    with Site.open(site.settings) as home:
+        home.gateway.studies()
+        assert detour_since(home.store, home.gateway.address) is None and home.store.fact("detour") is None
+    alone = site.settings.model_copy(update={"server_address": ignorant.url})
+    with Site.open(alone) as lost, pytest.raises(NotFound, match="no site north"):
+        lost.gateway.studies()
+    nobody = site.settings.model_copy(update={"server_address": f"{ignorant.url},https://localhost:9"})
+    with Site.open(nobody) as waiting, pytest.raises(Unreachable, match="localhost:9"):
+        waiting.gateway.renew()

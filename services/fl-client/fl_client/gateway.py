@@ -22,6 +22,7 @@ from medhive.errors import (
     MedHiveError,
     NotAllowed,
     NotAuthenticated,
+    NotFound,
     SealBroken,
     SealedOnly,
     Unreachable,
@@ -79,10 +80,17 @@ class SiteRevoked(NotAllowed):
     code = "site-revoked"
 
 
+class WrongAuthority(BadSignature):
+    """The server that answers is not the one that made the invite."""
+
+    code = "wrong-authority"
+
+
 class Gateway:
     """One hospital's view of the gateway. Safe to use from several threads.
 
-    Every method raises `MedHiveError` subclasses that the gateway named, and `Unreachable` when no address answers.
+    Every method raises `MedHiveError` subclasses that the gateway named, and `Unreachable` when no address answers. An
+    address where nobody answers, where another coordinator does, or where this hospital is not known is passed over.
     """
 
     def __init__(
@@ -96,6 +104,7 @@ class Gateway:
         clock_offset_s: float = 0.0,
         on_token: Callable[[TokenAnswer], None] = lambda _token: None,
         on_clock: Callable[[float], None] = lambda _offset: None,
+        on_address: Callable[[str, bool], None] = lambda _address, _first: None,
         sealing: MakeSealing | None = None,
         sealed: bool = False,
         trust_anew: Callable[[str], tuple[Trust, bool]] | None = None,
@@ -108,7 +117,8 @@ class Gateway:
                 another one the first again.
             prove: makes a fresh signed proof, dated as told, against which the gateway gives a token.
             clock_offset_s: seconds to add to this machine's clock, as learnt earlier.
-            on_token, on_clock: told what should survive this process.
+            on_token, on_clock, on_address: told what should survive this process; of the address that answers, whether it
+                is the first.
             sealing: makes what seals weights, of the coordinator's answer and the clock.
             sealed: weights pass sealed; without it only once the gateway asks for it.
             trust_anew: lets the coordinator introduce itself at an address, and says whose certificates count there and
@@ -126,6 +136,8 @@ class Gateway:
         self._offset_s = clock_offset_s
         self._on_token = on_token
         self._on_clock = on_clock
+        self._on_address = on_address
+        self._told: GatewayClient | None = None
         self._make_sealing = sealing
         self._sealed = sealed
         self._sealing: SiteSealing | None = None
@@ -153,21 +165,53 @@ class Gateway:
 
     # ---- exchange ------------------------------------------------------------------------------------------------
 
-    def _each(self, exchange: Callable[[GatewayClient], Result]) -> Result:
-        last: Unreachable | None = None
+    def _each(
+        self, exchange: Callable[[GatewayClient], Result], unknown: tuple[type[MedHiveError], ...] = (NotAuthenticated,)
+    ) -> Result:
+        """Make an exchange at the first address that answers and knows this hospital.
+
+        Args:
+            exchange: raises one of `unknown` where this hospital is not known.
+            unknown: for these the next address is tried too.
+
+        Raises:
+            NotAuthenticated: the token is not known; a fresh one may help.
+            MedHiveError: why the first address could not be used when none could; that the hospital is not known only where
+                all that answer say so, since one that is away may know it.
+        """
+        unusable: MedHiveError | None = None
+        strange: MedHiveError | None = None
         for client in self._in_order():
             try:
                 self._meet(client)
+            except MedHiveError as error:
+                # Whatever is wrong with who answers there, the next address may be the coordinator.
+                unusable = unusable or error
+                self._pass_over(client, error)
+                continue
+            try:
                 result = self._trusting(client, exchange)
             except Unreachable as error:
-                last = error
-                if client is self._first:
-                    self._back_at = self._monotonic() + BACK_TO_FIRST_S
-                continue
-            if client is not self._clients[0]:
-                self._prefer(client)
-            return result
-        raise last or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
+                unusable = unusable or error
+                self._pass_over(client, error)
+            except unknown as error:
+                strange = strange or error
+                self._pass_over(client, error)
+            else:
+                self._stay_at(client)
+                return result
+        if isinstance(strange, NotAuthenticated):
+            raise strange
+        raise unusable or strange or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
+
+    def _pass_over(self, client: GatewayClient, reason: MedHiveError) -> None:
+        """Leave an address for now; who answered there without knowing this hospital must introduce himself again."""
+        if not isinstance(reason, Unreachable):
+            self._met.discard(client.address)
+        if client is self._first:
+            self._back_at = self._monotonic() + BACK_TO_FIRST_S
+        if len(self._clients) > 1:
+            log.info("gateway.passed-over", address=client.address, reason=reason.code)
 
     def _meet(self, client: GatewayClient) -> None:
         """Let the coordinator introduce itself before the first exchange at an address, which may be somebody's tunnel.
@@ -211,10 +255,18 @@ class Gateway:
                 return tuple(self._clients)
             return tuple(sorted(self._clients, key=lambda client: client is not self._first))
 
-    def _prefer(self, client: GatewayClient) -> None:
+    def _stay_at(self, client: GatewayClient) -> None:
+        """Prefer the address that has answered, and say so when it is another one than before."""
+        if client is self._told:
+            return
         with self._lock:
+            changed = client is not self._clients[0]
             self._clients.sort(key=lambda other: other is not client)
-        log.warning("gateway.address-changed", address=client.address, first=client is self._first)
+            self._told = client
+        first = client is self._first
+        if changed:
+            log.warning("gateway.address-changed", address=client.address, first=first)
+        self._on_address(client.address, first)
 
     @property
     def address(self) -> str:
@@ -238,21 +290,23 @@ class Gateway:
             SiteRevoked: the site was revoked or has left.
             ClockSkew: this machine's clock is off, and the gateway did not say by how much.
         """
-        with self._lock:
-            proof = self._prove(self.now())
         try:
-            token = self._ask_token(proof)
+            token = self._ask_token()
         except ClockSkew as error:
             self._learn_clock(error)
-            token = self._ask_token(self._prove(self.now()))
+            token = self._ask_token()
         for client in self._clients:
             client.use_token(token.token)
         self._expires_at = token.expires_at
         self._on_token(token)
 
-    def _ask_token(self, proof: Signed[SiteTokenProof]) -> TokenAnswer:
+    def _ask_token(self) -> TokenAnswer:
+        def ask(client: GatewayClient) -> TokenAnswer:
+            # Signed for each address anew: a gateway behind the first may have used the proof up before it died.
+            return _read(TokenAnswer, client.post(f"{API}/site-token", self._prove(self.now())))
+
         try:
-            return self._each(lambda client: _read(TokenAnswer, client.post(f"{API}/site-token", proof)))
+            return self._each(ask, unknown=(NotFound, BadSignature))
         except NotAllowed as error:
             raise SiteRevoked(
                 f"The coordinator no longer works with this hospital: {error} Ask the coordinator; to take part again, "

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
 
-from fl_client.gateway import Gateway
+from fl_client.gateway import Gateway, WrongAuthority
 from fl_client.store import Store
 from medhive import __version__
 from medhive.client import GatewayClient, Trust, introduce
@@ -29,6 +29,7 @@ from medhive.errors import (
     BadSignature,
     ClockSkew,
     Conflict,
+    IncompatibleVersion,
     InvalidInput,
     MedHiveError,
     NotFound,
@@ -56,7 +57,7 @@ TOKEN_PARTS = 4
 # The aggregator takes a new key within seconds, and what it had asked with the former one is under way for minutes at most.
 FORMER_KEY_GRACE = timedelta(minutes=10)
 SECRET_BYTES = 32
-IDENTITY, TOKEN, CLOCK = "identity", "token", "clock_offset_s"
+IDENTITY, TOKEN, CLOCK, DETOUR = "identity", "token", "clock_offset_s", "detour"
 
 
 class NotJoined(NotFound):
@@ -69,12 +70,6 @@ class AlreadyJoined(Conflict):
     """This state folder belongs to another site already."""
 
     code = "already-joined"
-
-
-class WrongAuthority(BadSignature):
-    """The server that answers is not the one that made the invite."""
-
-    code = "wrong-authority"
 
 
 @dataclass(frozen=True)
@@ -274,6 +269,7 @@ def connect(identity: Identity, keys: Keys, store: Store, extra_ca_file: Path | 
         clock_offset_s=store.fact(CLOCK) or 0.0,
         on_token=lambda fresh: store.set_fact(TOKEN, fresh.model_dump(mode="json")),
         on_clock=lambda offset: _keep_clock(store, offset),
+        on_address=lambda address, first: _keep_detour(store, address, first),
         sealing=sealing_maker(lambda: Identity.load(store), keys),
         sealed=identity.address_trust == AddressTrust.TUNNEL,
         trust_anew=lambda address: _trust_anew(store, address, extra_ca_file),
@@ -306,6 +302,22 @@ def _trust_anew(store: Store, address: str, extra_ca_file: Path | None) -> tuple
 def _keep_clock(store: Store, offset_s: float) -> None:
     if (store.fact(CLOCK) or 0.0) != offset_s:
         store.set_fact(CLOCK, offset_s)
+
+
+def _keep_detour(store: Store, address: str, first: bool) -> None:
+    """Keep at which other address the coordinator is reached, and since when the first one has been left."""
+    kept = store.fact(DETOUR)
+    if first and kept:
+        store.set_fact(DETOUR, None)
+    elif not first and (not kept or kept["address"] != address):
+        since = kept["since"] if kept else datetime.now(UTC).isoformat()
+        store.set_fact(DETOUR, {"address": address, "since": since})
+
+
+def detour_since(store: Store, address: str) -> datetime | None:
+    """Since when the coordinator is reached at this address because the first one could not be used; None at the first."""
+    kept = store.fact(DETOUR)
+    return datetime.fromisoformat(kept["since"]) if kept and kept["address"] == address else None
 
 
 def token_prover(
@@ -347,14 +359,9 @@ def join(
         raise InvalidInput("The coordinator's address is missing; set SERVER_ADDRESS.")
     invite = Invite.parse(token)
     keys.make()
-    found = discover(addresses, invite.coordinator_key)
-    trust = trust_in(found, extra_ca_file)
-    clients = [GatewayClient(address, trust) for address in addresses]
-    try:
-        answer = _ask_to_join(clients, found.key, invite, client_id, keys)
-    finally:
-        for client in clients:
-            client.close()
+    address, found = _found(addresses, invite.coordinator_key)
+    with GatewayClient(address, trust_in(found, extra_ca_file)) as client:
+        answer = _ask_to_join(client, found.key, invite, client_id, keys)
     identity = _identity_from(answer, found, addresses)
     _keep_clock(store, (answer.coordinator.time - datetime.now(UTC)).total_seconds())
     store.set_fact(TOKEN, answer.token.model_dump(mode="json"))
@@ -403,14 +410,31 @@ def _own_studies(identity: Identity, keys: Keys, store: Store, extra_ca_file: Pa
 
 
 def discover(addresses: tuple[str, ...], pinned: VerifyKey) -> Introduced:
-    """Let the first address that answers introduce itself, and check that it is the coordinator with this key.
+    """Let the coordinator with this key introduce itself at the first address where it answers.
 
-    Raises:
+    Raises the reason of the first address when it answers at none:
         WrongAuthority: somebody else answers.
+        InvalidInput: who answers is no coordinator.
         IncompatibleVersion: one side must be upgraded.
         Unreachable: nobody answers.
     """
-    answer, nonce = _first_answer(addresses)
+    return _found(addresses, pinned)[1]
+
+
+def _found(addresses: tuple[str, ...], pinned: VerifyKey) -> tuple[str, Introduced]:
+    """The first address where this coordinator answers, and its introduction there; raises as `discover`."""
+    problem: MedHiveError | None = None
+    for address in addresses:
+        try:
+            return address, _introduced_at(address, pinned)
+        except (Unreachable, InvalidInput, WrongAuthority, IncompatibleVersion) as error:
+            problem = problem or error
+    raise problem or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
+
+
+def _introduced_at(address: str, pinned: VerifyKey) -> Introduced:
+    nonce = new_nonce(address)
+    answer = introduce(address, nonce)
     require_compatible(answer.protocol, "this hospital", "the coordinator")
     return checked(answer, pinned, nonce)
 
@@ -436,37 +460,13 @@ def trust_in(known: Introduced, extra_ca_file: Path | None) -> Trust:
     return Trust(ca_pem="".join(known.authorities), extra_ca_file=extra_ca_file, system=public)
 
 
-def _first_answer(addresses: tuple[str, ...]) -> tuple[CoordinatorAnswer, str]:
-    problem: MedHiveError | None = None
-    for address in addresses:
-        nonce = new_nonce(address)
-        try:
-            return introduce(address, nonce), nonce
-        except (Unreachable, InvalidInput) as error:
-            problem = problem or error
-    raise problem or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
-
-
-def _ask_coordinator(clients: list[GatewayClient]) -> CoordinatorAnswer:
-    last: Unreachable | None = None
-    for client in clients:
-        try:
-            answer = CoordinatorAnswer.model_validate(client.get(f"{API}/coordinator"))
-        except Unreachable as error:
-            last = error
-            continue
-        clients.sort(key=lambda other: other is not client)
-        return answer
-    raise last or Unreachable("No address of the coordinator is known; set SERVER_ADDRESS.")
-
-
 def _ask_to_join(
-    clients: list[GatewayClient], coordinator_key: VerifyKey, invite: Invite, client_id: str, keys: Keys
+    client: GatewayClient, coordinator_key: VerifyKey, invite: Invite, client_id: str, keys: Keys
 ) -> JoinAnswer:
     """The same join may be sent again when its answer was lost: the gateway knows the keys by then."""
-    offset = _ask_coordinator(clients).time - datetime.now(UTC)
+    offset = CoordinatorAnswer.model_validate(client.get(f"{API}/coordinator")).time - datetime.now(UTC)
     body = _join_body(coordinator_key, invite, client_id, keys, datetime.now(UTC) + offset)
-    return JoinAnswer.model_validate(clients[0].post(f"{API}/join", body))
+    return JoinAnswer.model_validate(client.post(f"{API}/join", body))
 
 
 def _join_body(coordinator_key: VerifyKey, invite: Invite, client_id: str, keys: Keys, now: datetime) -> Join:

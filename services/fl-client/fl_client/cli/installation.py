@@ -1,8 +1,11 @@
 """What every command of a hospital starts from: its settings, the opened site, and the name of who signs."""
 
 import getpass
+import logging
+import sys
 from typing import Any, Final
 
+import structlog
 from pydantic import ValidationError
 
 from fl_client.identity import connect
@@ -21,6 +24,7 @@ def load_settings(**given: Any) -> Settings:
     Raises:
         InvalidInput: one sentence that names the variable.
     """
+    _warn_on_stderr()
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
@@ -28,6 +32,15 @@ def load_settings(**given: Any) -> Settings:
         name = str(first["loc"][0]) if first["loc"] else "the settings"
         variable = name.removeprefix(PREFIX).upper()
         raise InvalidInput(f"{variable}: {first['msg'].removeprefix('Value error, ')}.") from error
+
+
+def _warn_on_stderr() -> None:
+    """Keep the log off standard output, which is for results; the resident node has set up its own already."""
+    if not structlog.is_configured():
+        structlog.configure(
+            logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+            wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        )
 
 
 def open_site() -> Site:

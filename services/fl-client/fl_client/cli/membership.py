@@ -1,5 +1,6 @@
 """Who this hospital is: joining, status, and what it sets for itself."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from fl_client import updates
 from fl_client.cli.installation import load_settings, open_site, unusable
 from fl_client.cli.queues import queue_line, queue_lines
 from fl_client.consents import open_runs
-from fl_client.identity import Identity, JoinOutcome, NotJoined
+from fl_client.identity import Identity, JoinOutcome, NotJoined, detour_since
 from fl_client.limits import Limits
 from fl_client.queues import unanswered_queues
 from fl_client.settings import Settings
@@ -17,7 +18,7 @@ from fl_client.site import Site, join_site, open_state
 from fl_client.store import StudySettings
 from medhive.errors import InvalidInput, Unreachable
 from medhive.states import FINAL_RUN_STATES
-from medhive.terminal import Command, Terminal, pairs, pass_terminal, plain, read_secret
+from medhive.terminal import Command, Terminal, moment, pairs, pass_terminal, plain, read_secret
 
 
 @click.command(cls=Command)
@@ -110,6 +111,7 @@ def undecided(site: Site) -> list[str]:
 
 def _remote_status(site: Site) -> dict[str, Any]:
     own = site.gateway.site(site.name)
+    since = detour_since(site.store, site.gateway.address)
     runs = [run for run in site.gateway.runs() if run.state not in FINAL_RUN_STATES]
     return {
         "connected": True,
@@ -118,6 +120,8 @@ def _remote_status(site: Site) -> dict[str, Any]:
         "studies": list(own.studies),
         "waiting_for_consent": [item.run.id for item in open_runs(site)] + unanswered_queues(site),
         "address": site.gateway.address,
+        "first_address": site.identity.addresses[0],
+        "first_address_left_at": since.isoformat() if since else None,
         "queues": queue_lines(site),
         "runs": [{"run": run.id, "state": str(run.state), "round": run.round, "rounds": run.rounds} for run in runs],
     }
@@ -130,6 +134,7 @@ def _show_status(terminal: Terminal, value: dict[str, Any]) -> None:
         [
             ("site", value["site"]),
             ("coordinator", f"{value['coordinator']} at {value['address']}, {connection}"),
+            ("first address", _detour_line(value)),
             ("standing", value.get("state")),
             ("node", _node_line(value)),
             ("studies", ", ".join(value.get("studies", ()))),
@@ -142,6 +147,14 @@ def _show_status(terminal: Terminal, value: dict[str, Any]) -> None:
             ("training", "paused" if limits["paused"] else ", ".join(limits["hours"]) or "at any hour"),
         ]
     )
+
+
+def _detour_line(value: dict[str, Any]) -> str:
+    left_at = value.get("first_address_left_at")
+    if left_at is None:
+        return ""
+    since = moment(datetime.fromisoformat(left_at))
+    return f"{value['first_address']} does not serve this hospital since {since}; it is tried again every minute"
 
 
 def _node_line(value: dict[str, Any]) -> str:

@@ -22,7 +22,8 @@ from fl_client.container.device import device_line, gpus, torch_version
 from fl_client.container.folders import StateUnusable, is_mounted, require_data, require_state
 from fl_client.container.health import Pulse
 from fl_client.container.waiting import Patience, Voice
-from fl_client.identity import AlreadyJoined, Identity, Invite, JoinOutcome, WrongAuthority
+from fl_client.gateway import WrongAuthority
+from fl_client.identity import AlreadyJoined, Identity, Invite, JoinOutcome
 from fl_client.monitoring import Figures
 from fl_client.node import Node
 from fl_client.settings import Settings
