@@ -14,13 +14,7 @@ from pathlib import Path
 import numpy as np
 from fl_client.tasks import DataReport, EpochProgress, Judged, Prediction, Skipped, TrainResult
 from fl_client.tasks.base import part_of, read_options
-from fl_client.tasks.errors import (
-    DataFolderMissing,
-    NotEnoughExamples,
-    TrainingDiverged,
-    WrongArchitecture,
-    WrongColumns,
-)
+from fl_client.tasks.errors import DataFolderMissing, NotEnoughExamples, TrainingDiverged, WrongArchitecture, WrongColumns
 from fl_client.tasks.evaluation import InOneGo
 
 MAX_FILE_BYTES = 100 * 2**20
@@ -56,11 +50,7 @@ def read_rows(path, options):
         except (TypeError, ValueError):
             good = False
         name = f"{path.name}:{number}"
-        yield (
-            (name, values, line[options.patient] if options.patient else None)
-            if good
-            else Skipped(name, "not-a-number")
-        )
+        yield (name, values, line[options.patient] if options.patient else None) if good else Skipped(name, "not-a-number")
 
 
 def newton_step(beta, x, times, events):
@@ -101,9 +91,7 @@ class SurvivalModel:
 
     def beta(self, weights):
         if set(weights) != {"beta"} or weights["beta"].shape != (len(self.features),):
-            raise WrongArchitecture(
-                "These weights belong to another model than the study's. Use a version of this study."
-            )
+            raise WrongArchitecture("These weights belong to another model than the study's. Use a version of this study.")
         return weights["beta"].astype(np.float64)
 
     def probabilities(self, scores):
@@ -117,15 +105,10 @@ class SurvivalModel:
             good = [row for row in rows if not isinstance(row, Skipped)]
             x = np.array([values[:-2] for _, values, _ in good]).reshape(len(good), -1)
             found = iter(self.probabilities(x @ self.beta(weights)) if good else ())
-            yield (
-                path,
-                [
-                    row
-                    if isinstance(row, Skipped)
-                    else Prediction(row[0], dict(zip(self.classes, map(float, next(found)))))
-                    for row in rows
-                ],
-            )
+            yield path, [
+                row if isinstance(row, Skipped) else Prediction(row[0], dict(zip(self.classes, map(float, next(found)))))
+                for row in rows
+            ]
 
     def predict(self, weights, paths):
         return [item for _, items in self.predict_files(weights, paths) for item in items]
