@@ -23,6 +23,11 @@ EXAMPLES: dict[type[events.NodeEvent], tuple[events.NodeEvent, str]] = {
     events.Connected: (events.Connected("fleet", 12.0), "connected to the fleet again after 12 s"),
     events.Disconnected: (events.Disconnected("gateway", "no route"), "trying again: no route"),
     events.ConsentWanted: (events.ConsentWanted("RUN_1", "a", 3, "admin"), "agree with:   medhive-site consent RUN_1"),
+    events.QueueConsentWanted: (
+        events.QueueConsentWanted("QUEUE_1", "a", 10, "the policy is not valid now"),
+        "averaged at 10 contributions, waits for an answer\n  nothing agrees by itself: the policy is not valid now\n"
+        "  agree with:   medhive-site consent QUEUE_1",
+    ),
     events.ConsentGiven: (events.ConsentGiven("RUN_1", "a", "policy", "Dr. N"), "by itself (policy, Dr. N)"),
     events.ConsentFailed: (events.ConsentFailed("RUN_1", "empty class"), "could not agree to RUN_1: empty class"),
     events.RunStarted: (

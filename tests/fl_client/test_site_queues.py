@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from site_data import IMAGES, make_images
-from site_world import World, later
+from site_world import World, later, running
 from stack import Stack
 
-from fl_client import queues
+from fl_client import policy, queues
 from fl_client.consents import DataCheck, check_data
+from fl_client.events import ConsentGiven, QueueConsentWanted
 from fl_client.gateway import BACK_TO_FIRST_S, Gateway
 from fl_client.identity import detour_since
 from fl_client.jobs import JobEvent, Started
@@ -154,6 +155,52 @@ def test_a_withdrawal_stops_the_training_and_takes_out_what_waits(
     assert states == {"withdrawn"}
     with pytest.raises(NotFound):
         queues.withdraw_queue(site, queue.id, person="Dr. North")
+
+
+def signed(site: Site, **bounds: object) -> None:
+    """A policy in force at a hospital, within whose bounds the queue is but for these."""
+    values = {"studies": ("tumours",), "max_rounds": 2, "valid_for": timedelta(days=30), **bounds}
+    policy.sign_policy(site, person="Prof. Chief", **values)  # type: ignore[arg-type]
+
+
+def test_a_policy_answers_for_a_queue_as_for_a_run(world: World, trainer: Trainer) -> None:
+    west = world.join("west", "tumours", data=make_images(world.folder / "images-west", seed=3))
+    queue = west.gateway.queue("tumours")
+    assert queues.policy_on(west, queue) == ""
+    for bounds, words in (
+        ({"studies": ("lungs",)}, "the policy does not name the study tumours"),
+        ({"min_sites": 5}, "the policy wants at least 5 sites in a queue"),
+        ({"strategies": ("krum",)}, "the policy does not name the strategy fedavg"),
+    ):
+        signed(west, **bounds)
+        assert queues.policy_on(west, queue) == words
+    longer = queue.spec.model_copy(update={"options": QueueOptions(local_epochs=2)})
+    signed(west, max_local_epochs=1)
+    assert queues.policy_on(west, queue.model_copy(update={"spec": longer})) == (
+        "the queue has 2 local epochs, the policy allows 1"
+    )
+    signed(west, strategies=("krum",))
+    with pytest.raises(NotAllowed, match="not agreed"):
+        QueueClient(west, trainer).train_federated()
+    with running(west, None, trainer) as node:
+        wanted = node.wait(QueueConsentWanted)
+        assert (wanted.queue_id, wanted.note) == (queue.id, "the policy does not name the strategy fedavg")
+        signed(west, strategies=("fedavg",))
+        given = node.wait(ConsentGiven)
+    assert (given.run_id, given.given_by, given.person) == (queue.id, "policy", "Prof. Chief")
+    body = queues.valid_queue_consent(west, queue, later(0))
+    assert (body.max_rounds, body.person) == (2, "Prof. Chief")
+    assert [str(item.state) for item in west.gateway.queue("tumours").consents if item.site == "west"] == ["granted"]
+
+
+def test_a_policy_agrees_to_a_queue_where_no_node_runs(world: World, trainer: Trainer) -> None:
+    east = world.join("east", "tumours", data=make_images(world.folder / "images-east", seed=4))
+    signed(east, max_rounds=1)
+    client = QueueClient(east, trainer)
+    client.train_federated()
+    client.send_update_to_server()
+    with pytest.raises(NotAllowed, match="covers 1 contributions"):
+        client.train_federated()
 
 
 # ---- several addresses ---------------------------------------------------------------------------------------------

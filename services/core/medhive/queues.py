@@ -35,6 +35,8 @@ from medhive.wire import MAX_TEXT, Answer, Fenced
 
 QUEUE_PREFIX = "QUEUE_"
 """Of the names of queues, by which consents, versions and commands tell them from runs."""
+QUEUE_STRATEGY = "fedavg"
+"""The strategy of every queue, by its name in runs."""
 MAX_CAPACITY = 1000
 """A hundred times the default; more hospitals are served by more executions."""
 MAX_STALENESS = 1000

@@ -55,8 +55,18 @@ class ConsentWanted(NodeEvent):
 
 
 @dataclass(frozen=True)
+class QueueConsentWanted(NodeEvent):
+    """A person must answer an open queue, as a run. `note` says why the policy did not."""
+
+    queue_id: str
+    study: str
+    capacity: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class ConsentGiven(NodeEvent):
-    """A consent was signed by itself, as `given_by` (an own request or a policy) allows."""
+    """A consent to a run or a queue was signed by itself, as `given_by` (an own request or a policy) allows."""
 
     run_id: str
     study: str

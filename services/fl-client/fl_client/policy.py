@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 from fl_client.site import Site
 from medhive.consent import MAX_VALIDITY
 from medhive.errors import BadSignature, InvalidInput
+from medhive.queues import QUEUE_STRATEGY, QueueSpec
 from medhive.signing import Signed, SignedBody, VerifyKey, sign
 from medhive.spec import MAX_LOCAL_EPOCHS, MAX_ROUNDS, Name, RunSpec, explain
 
@@ -130,24 +131,26 @@ def remove_policy(site: Site) -> bool:
     return existed
 
 
-def objection(policy: PolicyBody, spec: RunSpec, now: datetime) -> str | None:
-    """Why a policy does not allow a run by itself; None when it does."""
+def objection(policy: PolicyBody, spec: RunSpec | QueueSpec, now: datetime) -> str | None:
+    """Why a policy does not allow a run, or a queue, by itself; None when it does.
+
+    A queue has no rounds: an agreement to it covers as many contributions as the policy allows rounds.
+    """
     options = spec.options
+    what, strategy = ("run", spec.options.strategy) if isinstance(spec, RunSpec) else ("queue", QUEUE_STRATEGY)
+    rounds = spec.options.rounds if isinstance(spec, RunSpec) else 0
     reasons = (
         (not policy.issued_at - timedelta(minutes=5) <= now < policy.expires_at, "the policy is not valid now"),
         (spec.study not in policy.studies, f"the policy does not name the study {spec.study}"),
-        (
-            options.rounds > policy.max_rounds,
-            f"the run has {options.rounds} rounds, the policy allows {policy.max_rounds}",
-        ),
+        (rounds > policy.max_rounds, f"the run has {rounds} rounds, the policy allows {policy.max_rounds}"),
         (
             options.local_epochs > policy.max_local_epochs,
-            f"the run has {options.local_epochs} local epochs, the policy allows {policy.max_local_epochs}",
+            f"the {what} has {options.local_epochs} local epochs, the policy allows {policy.max_local_epochs}",
         ),
-        (options.min_sites < policy.min_sites, f"the policy wants at least {policy.min_sites} sites in a run"),
+        (options.min_sites < policy.min_sites, f"the policy wants at least {policy.min_sites} sites in a {what}"),
         (
-            bool(policy.strategies) and options.strategy not in policy.strategies,
-            f"the policy does not name the strategy {options.strategy}",
+            bool(policy.strategies) and strategy not in policy.strategies,
+            f"the policy does not name the strategy {strategy}",
         ),
     )
     return next((text for wrong, text in reasons if wrong), None)

@@ -13,8 +13,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fl_client.consents import DEFAULT_VALIDITY, DataCheck, consent_body
+from fl_client.consents import DEFAULT_VALIDITY, DataCheck, check_data, consent_body
 from fl_client.jobs import Job, JobKind, Plan
+from fl_client.policy import PolicyBody, load_policy, objection
 from fl_client.site import Site
 from fl_client.store import KnownVersion
 from fl_client.trainer import Listener, Trainer
@@ -94,11 +95,36 @@ def queue_by_id(site: Site, queue_id: str) -> QueueAnswer:
 
 def unanswered_queues(site: Site) -> list[str]:
     """The open queues that this hospital has said nothing about yet."""
-    return [queue.id for queue in open_queues(site) if _pending(site, queue)]
+    return [queue.id for queue in open_queues(site) if is_unanswered(site, queue)]
 
 
-def _pending(site: Site, queue: QueueAnswer) -> bool:
+def is_unanswered(site: Site, queue: QueueAnswer) -> bool:
+    """Whether this hospital is asked for its word on a queue and has said nothing yet."""
     return any(item.site == site.name and item.state is ConsentState.PENDING for item in queue.consents)
+
+
+def policy_on(site: Site, queue: QueueAnswer) -> PolicyBody | str:
+    """The policy that allows to agree to this queue by itself; or, as text, why none does: empty when there is none.
+
+    Raises:
+        BadSignature, InvalidInput: the policy file is damaged or not this hospital's.
+    """
+    policy = load_policy(site)
+    if policy is None:
+        return ""
+    reason = objection(policy, queue.spec, site.latest_now())
+    return policy if reason is None else reason
+
+
+def agree_by_policy(site: Site, trainer: Trainer, queue: QueueAnswer, policy: PolicyBody) -> Consent:
+    """Agree to a queue in the name of who signed the policy, to as many contributions as it allows rounds.
+
+    Raises:
+        JobFailed: the data do not fit the study.
+        MedHiveError: as `grant_queue`.
+    """
+    check = check_data(site, trainer, queue.spec)
+    return grant_queue(site, queue, person=policy.person, check=check, contributions=policy.max_rounds)
 
 
 def grant_queue(
@@ -258,6 +284,8 @@ class QueueClient:
     def train_federated(self, listener: Listener | None = None) -> Trained:
         """Train from the newest model on the own data and keep the update here; a former one that was not sent is replaced.
 
+        A queue that nobody has answered is agreed to first where a policy allows it.
+
         Raises:
             NotAllowed, Expired: this hospital's own consent does not cover it.
             TrainingPaused: the hospital has paused training.
@@ -265,6 +293,8 @@ class QueueClient:
             JobFailed: the training failed, or the data are not those that were consented to.
         """
         site, queue = self._site, self._site.gateway.queue(self.study)
+        if is_unanswered(site, queue) and isinstance(policy := policy_on(site, queue), PolicyBody):
+            agree_by_policy(site, self._trainer, queue, policy)
         consent = valid_queue_consent(site, queue, site.latest_now())
         if not site.limits().may_train(datetime.now()):
             raise TrainingPaused("Training is paused here, or its hours are over; see medhive-site settings.")

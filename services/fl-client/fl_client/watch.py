@@ -15,7 +15,7 @@ from typing import Protocol
 
 import structlog
 
-from fl_client import consents, updates
+from fl_client import consents, queues, updates
 from fl_client.events import (
     ConsentFailed,
     ConsentGiven,
@@ -23,15 +23,18 @@ from fl_client.events import (
     Listener,
     LogRewritten,
     Problem,
+    QueueConsentWanted,
     RunFinished,
     VersionArrived,
 )
 from fl_client.gateway import SiteRevoked
 from fl_client.jobs import Job, JobFailed, JobKind
+from fl_client.policy import PolicyBody
 from fl_client.site import Site
 from fl_client.store import KnownRun
 from fl_client.trainer import Trainer
-from medhive.errors import Conflict, MedHiveError, Unreachable
+from medhive.errors import Conflict, MedHiveError, NotFound, Unreachable
+from medhive.queues import QueueAnswer
 from medhive.signing import sign
 from medhive.states import FINAL_RUN_STATES, RunState
 from medhive.wire import CountersignBody, EventAnswer, Head, RunAnswer
@@ -42,12 +45,14 @@ COUNTERSIGN_EVERY = timedelta(seconds=30)
 CHANGED_OVERLAP = timedelta(seconds=2)
 LISTED_RUNS = 200  # of the gateway's list; older ones have long been announced
 GOING_ON = frozenset({RunState.READY, RunState.RUNNING})
-# What an event is about, by the part of its kind before the dot. A hospital's own decisions, requests and countersignatures
+# What an event is about, by the part of its kind before the dot. Decisions, requests, contributions and countersignatures
 # are known here already, and nothing here follows from its own comings and goings; a kind that is not named calls for a
 # look at everything.
 ABOUT_RUNS = frozenset({"run", "consent", "round"})
 ABOUT_VERSIONS = frozenset({"version"})
-ABOUT_NOTHING_HERE = frozenset({"decision", "request", "head", "invite", "join", "login", "account", "cleanup"})
+ABOUT_NOTHING_HERE = frozenset(
+    {"decision", "request", "contribution", "head", "invite", "join", "login", "account", "cleanup"}
+)
 SITE_GOES_ON = frozenset({"site.joined", "site.connected", "site.disconnected", "site.dropped"})
 EXPORTED = "version.exported"
 
@@ -136,6 +141,7 @@ class Watch:
         self._waiting: dict[str, RunAnswer] = {}
         self._ending: dict[str, RunAnswer] = {}
         self._asked: set[str] = set()
+        self._agreeing: set[str] = set()
         self._warmed: set[str] = set()
         self._since: datetime | None = None
         self._countersigned_at: datetime | None = None
@@ -176,6 +182,8 @@ class Watch:
             for run in list(self._waiting.values()):
                 self._one_at_a_time(run.id, partial(self._ask_consent, run))
             if touched.everything:
+                for study in self._studies:
+                    self._one_at_a_time(f"queue of {study}", partial(self._look_at_queue, study))
                 self._one_at_a_time("event log", self._look_at_head)
         except (Unreachable, SiteRevoked):
             self._heard.add(touched)
@@ -269,6 +277,33 @@ class Watch:
             self._emit(ConsentFailed(run.id, str(error)))
             return
         self._emit(ConsentGiven(run.id, run.study, allowed.given_by, allowed.person))
+
+    def _look_at_queue(self, study: str) -> None:
+        """Agree to a queue by itself where a policy allows it; else say once that a person must answer."""
+        try:
+            queue = self._site.gateway.queue(study)
+        except NotFound:
+            return
+        if queue.id in self._agreeing or not queues.is_unanswered(self._site, queue):
+            return
+        try:
+            allowed = queues.policy_on(self._site, queue)
+        except MedHiveError as error:
+            allowed = str(error)
+        if not isinstance(allowed, str):
+            self._agreeing.add(queue.id)  # tried once, as for a run
+            self._background(f"consent {queue.id}", partial(self._agree_to_queue, queue, allowed))
+        elif queue.id not in self._asked:
+            self._asked.add(queue.id)
+            self._emit(QueueConsentWanted(queue.id, study, queue.spec.options.capacity, allowed))
+
+    def _agree_to_queue(self, queue: QueueAnswer, policy: PolicyBody) -> None:
+        try:
+            queues.agree_by_policy(self._site, self._trainer, queue, policy)
+        except MedHiveError as error:
+            self._emit(ConsentFailed(queue.id, str(error)))
+            return
+        self._emit(ConsentGiven(queue.id, queue.study, "policy", policy.person))
 
     def _announce_end(self, run: RunAnswer, seen: KnownRun) -> None:
         if self._is_mine(run.id):

@@ -51,11 +51,11 @@ def _show(terminal: Terminal, body: PolicyBody | None) -> None:
 
 @policy.command("sign")
 @click.option("--study", "studies", multiple=True, help="A study that it allows; may be repeated.")
-@click.option("--max-rounds", type=int, help="The most rounds that a run may have.")
+@click.option("--max-rounds", type=int, help="The most rounds of a run, or contributions to a queue.")
 @click.option(
     "--max-local-epochs", type=int, default=MAX_LOCAL_EPOCHS, show_default=True, help="The most local epochs."
 )
-@click.option("--min-sites", type=int, default=2, show_default=True, help="The fewest sites that a run must ask for.")
+@click.option("--min-sites", type=int, default=2, show_default=True, help="The fewest sites of a run or a queue.")
 @click.option("--strategy", "strategies", multiple=True, help="A strategy that it allows [all]; may be repeated.")
 @click.option("--days", type=float, default=DEFAULT_DAYS, show_default=True, help="Days that it is in force.")
 @click.option("--person", help="Who signs and answers for it.")
@@ -71,7 +71,7 @@ def sign_new_policy(terminal: Terminal, /, studies: tuple[str, ...], max_rounds:
                 raise click.UsageError("Missing --max-rounds.")
             max_rounds = int(click.prompt("Most rounds", default=10, type=click.IntRange(1), err=True))
         name = signing_person(terminal, site, given["person"])
-        terminal.confirm(f"Let {site.name} agree by itself to runs of {', '.join(studies)}?", given["yes"])
+        terminal.confirm(f"Let {site.name} agree by itself to runs and queues of {', '.join(studies)}?", given["yes"])
         signed = sign_policy(
             site,
             person=name,

@@ -66,10 +66,19 @@ def _disconnected(event: events.Disconnected) -> Iterator[str]:
 
 def _consent_wanted(event: events.ConsentWanted) -> Iterator[str]:
     yield f"{event.run_id} of {event.study}, {event.rounds} rounds, asked for by {event.requested_by}, waits for an answer"
-    if event.note:
-        yield f"  nothing agrees by itself: {event.note}"
-    yield f"  agree with:   medhive-site consent {event.run_id}"
-    yield f"  decline with: medhive-site decline {event.run_id}"
+    yield from _how_to_answer(event.run_id, event.note)
+
+
+def _queue_consent_wanted(event: events.QueueConsentWanted) -> Iterator[str]:
+    yield f"{event.queue_id} of {event.study}, averaged at {event.capacity} contributions, waits for an answer"
+    yield from _how_to_answer(event.queue_id, event.note)
+
+
+def _how_to_answer(number: str, note: str) -> Iterator[str]:
+    if note:
+        yield f"  nothing agrees by itself: {note}"
+    yield f"  agree with:   medhive-site consent {number}"
+    yield f"  decline with: medhive-site decline {number}"
 
 
 def _consent_given(event: events.ConsentGiven) -> Iterator[str]:
@@ -165,6 +174,7 @@ _WRITERS: Final[Mapping[type[events.NodeEvent], Callable[[Any], Iterator[str]]]]
     events.Connected: _connected,
     events.Disconnected: _disconnected,
     events.ConsentWanted: _consent_wanted,
+    events.QueueConsentWanted: _queue_consent_wanted,
     events.ConsentGiven: _consent_given,
     events.ConsentFailed: _consent_failed,
     events.RunStarted: _run_started,
