@@ -3,6 +3,8 @@
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -11,16 +13,18 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from api_gateway import signing_key
+from api_gateway import events, signing_key, sites
 from api_gateway.__main__ import build
 from api_gateway.app import create_app
 from api_gateway.renewal import Renewal
 from api_gateway.settings import Settings
 from api_gateway.tls import Authority, CaStep, load_certificate
+from api_gateway.work import ANYBODY, Call, Gateway
+from fl_client.identity import Invite
 from medhive.errors import BadSignature, Conflict, InvalidInput
 from medhive.introduction import known_key_ids, present_key
 from medhive.signing import SigningKey
-from medhive.wire import API, MAX_SUCCESSIONS, CoordinatorAnswer
+from medhive.wire import API, MAX_SUCCESSIONS, CoordinatorAnswer, NewInvite
 
 NAME = "Test"
 DAY = timedelta(days=1)
@@ -141,8 +145,10 @@ def test_a_roll_of_the_key_survives_a_kill_before_each_change(tmp_path: Path) ->
     deaths = 0
     for _ in killed_at_each_file(lambda: signing_key.roll(tmp_path, NOW)):
         deaths += 1
+        seen = signing_key.present(tmp_path, b"")  # by a gateway that serves, and mends nothing
         key, successions = signing_key.open_key(tmp_path)
         assert present_key(first.public, successions) == key.public
+        assert (seen[0].public, seen[1]) == (key.public, successions) if seen else not successions
         assert first.public.key_id in known_key_ids(key.public, successions)
         assert not (tmp_path / signing_key.NEXT_KEY).exists()
     assert deaths >= 3
@@ -173,3 +179,50 @@ def test_who_asks_is_shown_what_another_gateway_has_only_just_changed(tmp_path: 
     assert len(answer.introduction.verify(one.key.public).authorities) == 2
     one.database.close()
     two.database.close()
+
+
+@contextmanager
+def two_gateways(folder: Path) -> Iterator[tuple[Gateway, Gateway]]:
+    """On one database and one folder, without the tasks that would look for changes."""
+    settings = Settings(state_dir=folder / "state")
+    (one, _), (two, _) = build(settings), build(settings)
+    yield one, two
+    one.database.close()
+    two.database.close()
+
+
+def test_another_gateway_signs_nothing_with_a_key_that_has_a_successor(tmp_path: Path) -> None:
+    with two_gateways(tmp_path) as (one, two):
+        former = two.key.public.key_id
+        Renewal(one).renew_key()
+        present = one.key.public.key_id
+        assert two.key.public.key_id == former != present, "it has not looked yet"
+        with two.system_write() as work:
+            token = sites.invite(work, NewInvite(site="north")).token
+            assert two.key_ids == (present, former), "what a hospital signs to the new key counts here too"
+        assert Invite.parse(str(token)).coordinator_key.key_id == present
+        Renewal(one).renew_key()
+        with Call(two, server_token(one), "test").read(*ANYBODY) as work:
+            head = events.signed_head(work.session, two.key, work.now)
+        assert head.key_id == one.key.public.key_id not in {present, former}
+
+
+def server_token(gateway: Gateway) -> str:
+    """The aggregator's, which the state folder holds."""
+    return (gateway.state.folder / "secrets" / "server-token").read_text("utf-8")
+
+
+def test_a_key_changes_only_after_what_is_being_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    roll = signing_key.roll
+    monkeypatch.setattr(signing_key, "roll", lambda *words: (done.append("changed"), roll(*words)))
+    with two_gateways(tmp_path) as (one, two), ThreadPoolExecutor() as threads:
+        with two.system_write() as work:
+            key = work.gateway.key
+            rolling = threads.submit(Renewal(one).renew_key)
+            wait([rolling], timeout=0.5)  # all the time that it would need
+            two.follow_key()
+            assert two.key.public == key.public
+            done.append("about to commit")
+        rolling.result(60)
+        assert done == ["about to commit", "changed"]

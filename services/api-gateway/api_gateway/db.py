@@ -96,7 +96,8 @@ class Database:
     def write(self) -> Iterator[Session]:
         """The only writer: commits when the block ends well, else leaves everything as it was."""
         with translated(), Session(self._writing, autoflush=True) as session, session.begin():
-            if not self.is_sqlite:  # SQLite's BEGIN IMMEDIATE has the whole database already
+            session.connection()  # SQLite's BEGIN IMMEDIATE has the whole database
+            if not self.is_sqlite:
                 session.execute(text("SELECT number FROM event_head WHERE id = 1 FOR UPDATE"))
             yield session
 

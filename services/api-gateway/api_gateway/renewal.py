@@ -83,7 +83,7 @@ class Renewal:
         self._gateway = gateway
         self._tls: ssl.SSLContext | None = None
         self._shown = self._pair(gateway.state)
-        self._told: tuple[Tunnel | None, tuple[bytes, ...]] = gateway.state.tunnel, gateway.state.read
+        self._told: tuple[Tunnel | None, tuple[bytes, bytes]] = gateway.state.tunnel, gateway.state.read
         self._made: list[str] = []
 
     def serves_with(self, tls: ssl.SSLContext) -> None:
@@ -95,7 +95,7 @@ class Renewal:
         gateway = self._gateway
         with locked(gateway.settings) as folder:
             if self._key_is_old(folder):
-                signing_key.roll(folder / "secrets", gateway.clock())
+                self._roll(folder)
             state = self._read_anew(folder)
             made, self._made = self._made, []
         if made:
@@ -114,14 +114,14 @@ class Renewal:
         if gateway.settings.handout_dir:
             hand_out(folder, gateway.settings.handout_dir)
         self._made += state.made
-        gateway.state = state
+        gateway.use(state)
         self._show(state)
         return state
 
     def follow(self) -> None:
         """Look at once when the tunnel has moved, or another process has changed CA or key.
 
-        The proxy's certificate needs the tunnel's name, and two gateways may not speak with two keys for a minute.
+        The proxy's certificate needs the tunnel's name, and the other CA and key must be shown and handed out.
         """
         settings = self._gateway.settings
         if (read_tunnel(settings), read_keys(settings.state_dir)) != self._told:
@@ -144,8 +144,15 @@ class Renewal:
             Conflict: hospitals could not follow one more.
         """
         with locked(self._gateway.settings) as folder:
-            signing_key.roll(folder / "secrets", self._gateway.clock())
+            self._roll(folder)
         self.look()
+
+    def _roll(self, folder: Path) -> None:
+        """Change the key, and put it under what the former one has signed, while no other unit of work is under way."""
+        with self._gateway.system_write() as work:
+            signing_key.roll(folder / "secrets", work.now)
+            self._gateway.follow_key()
+            versions.sign_anew(work)
 
     def renew_ca(self, *, at_once: bool = False) -> None:
         """Announce a successor of the CA; `at_once` also lets it take over, and trusts the former one no longer.

@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -78,9 +78,21 @@ class State:
     address_trust: AddressTrust = AddressTrust.PINNED
     tunnel: Tunnel | None = None
     # What the files of CA and key held, by which a step that another process has taken is seen.
-    read: tuple[bytes, ...] = ()
+    read: tuple[bytes, bytes] = (b"", b"")
     # The certificates that were made just now.
     made: tuple[str, ...] = ()
+
+    def with_present_key(self) -> "State":
+        """The same with the coordinator's key as it is in the folder now; itself when that has not changed.
+
+        Raises:
+            InvalidInput: a file cannot be read.
+        """
+        found = signing_key.present(self.folder / "secrets", self.read[1])
+        if found is None:
+            return self
+        key, successions, read = found
+        return replace(self, coordinator_key=key, successions=successions, read=(self.read[0], read))
 
     @property
     def authorities(self) -> tuple[str, ...]:
@@ -173,10 +185,10 @@ def open_authority(settings: Settings, folder: Path, now: datetime.datetime) -> 
     return authority
 
 
-def read_keys(folder: Path) -> tuple[bytes, ...]:
+def read_keys(folder: Path) -> tuple[bytes, bytes]:
     """What tells that CA or coordinator's key have changed: public files alone."""
-    paths = (folder / "tls" / BUNDLE, folder / "secrets" / signing_key.SUCCESSIONS)
-    return tuple(path.read_bytes() if path.exists() else b"" for path in paths)
+    bundle = folder / "tls" / BUNDLE
+    return bundle.read_bytes() if bundle.exists() else b"", signing_key.reading(folder / "secrets")
 
 
 def _address_trust(settings: Settings, authority: Authority) -> AddressTrust:

@@ -6,6 +6,7 @@ that a revoked token or site has no last word. The unit commits when the block e
 
 import hashlib
 import hmac
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ READERS = (Role.ADMIN, Role.ANALYST)
 
 @dataclass
 class Gateway:
-    """The parts of one gateway process, built once at its start; `state` is replaced when certificates are renewed."""
+    """The parts of one gateway process, built once at its start; `state` is replaced as its certificates and keys are."""
 
     settings: Settings
     state: State
@@ -87,6 +88,17 @@ class Gateway:
     blobs: BlobStore
     hub: Hub
     clock: Clock
+    _replacing: threading.Lock = field(default_factory=threading.Lock)
+
+    def use(self, state: State) -> None:
+        """Go on with a state that was read under the folder's lock, which is still held."""
+        with self._replacing:
+            self.state = state
+
+    def follow_key(self) -> None:
+        """Sign with the key that is in the folder now: another process may have changed it a moment ago."""
+        with self._replacing:
+            self.state = self.state.with_present_key()
 
     @property
     def key(self) -> SigningKey:
@@ -128,8 +140,12 @@ class Gateway:
 
     @contextmanager
     def unit(self, opener: Callable[[], Any], caller: Caller, source: str) -> Iterator["Work"]:
-        """Open a unit of work for a caller who is known already."""
+        """Open a unit of work for a caller who is known already.
+
+        The key changes in writing units alone, so that in one it is the same from here to the commit.
+        """
         with opener() as session:
+            self.follow_key()
             work = Work(session, self, caller, source, self.clock())
             yield work
         work.finish()
