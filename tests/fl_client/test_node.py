@@ -3,16 +3,18 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Self
 
 import pytest
 from site_data import IMAGES, TABLE, make_images, make_table
-from site_world import Loopback, Running, World, running, wait_for
+from site_world import DEADLINE_S, Loopback, Running, World, running, wait_for
 
 from fl_client import consents, policy, requests, updates
 from fl_client.events import (
@@ -22,6 +24,7 @@ from fl_client.events import (
     ConsentWanted,
     EpochDone,
     PauseChanged,
+    Problem,
     Revoked,
     RoundDone,
     RoundFailed,
@@ -32,7 +35,7 @@ from fl_client.events import (
     VersionArrived,
     VersionJudged,
 )
-from fl_client.flower import Inbound
+from fl_client.flower import FleetClosed, Inbound, NodeRevoked
 from fl_client.gateway import SiteRevoked
 from fl_client.jobs import Job, JobKind
 from fl_client.limits import Limits
@@ -266,6 +269,78 @@ def test_the_end_of_the_own_work_is_waited_for_and_no_look_in_between(
     with scene.node() as node:
         for number in (1, 2):
             assert node.ask(scene.train(run, digest, number)).outcome == "ok"
+
+
+class SlowToReconnect(Loopback):
+    """Connects a second time when the test lets it; Flower takes no answer from a node that is not connected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connects = 0
+        self.inside = False
+        self.may = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.connects += 1
+        assert self.connects == 1 or self.may.wait(DEADLINE_S)
+        self.inside = True
+        return super().__enter__()
+
+    def __exit__(self, *words: object) -> None:
+        self.inside = False
+        super().__exit__(*words)
+
+    def reply(self, inbound: Inbound, payload: bytes) -> bool:
+        if not self.inside:
+            self.may.wait(DEADLINE_S)
+            raise NodeRevoked("The node key is not accepted.")
+        return super().reply(inbound, payload)
+
+
+def test_an_answer_that_is_made_between_two_connections_waits_for_the_second(
+    scene: Scene, ready: tuple[RunAnswer, str]
+) -> None:
+    run, digest = ready
+    fleet = SlowToReconnect()
+    with scene.node(fleet) as node:
+        message = node.send(scene.train(run, digest))
+        node.wait(RoundStarted)
+        node.node._reach_fleet_anew()
+        wait_for(lambda: fleet.connects > 1, "it connects again")
+        node.wait(RoundDone)
+        fleet.may.set()
+        node.answer(message)
+        assert not node.all(Problem)
+
+
+class LosesTheFirstAnswer(Loopback):
+    """The first answer fails with its connection, and only when the next connection has its task again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost = False
+        self.taken_again = threading.Event()
+
+    def confirm(self, inbound: Inbound) -> None:
+        super().confirm(inbound)
+        if self.confirmed.count(inbound.message_id) > 1:
+            self.taken_again.set()
+
+    def reply(self, inbound: Inbound, payload: bytes) -> bool:
+        if self.lost:
+            return super().reply(inbound, payload)
+        self.lost = True
+        self.close()
+        assert self.taken_again.wait(DEADLINE_S)
+        raise FleetClosed("closed")
+
+
+def test_an_answer_that_is_lost_with_its_connection_is_brought_over_the_next(
+    scene: Scene, ready: tuple[RunAnswer, str]
+) -> None:
+    run, digest = ready
+    with scene.node(LosesTheFirstAnswer()) as node:
+        assert node.ask(scene.train(run, digest)).outcome == "ok"
 
 
 def test_rounds_go_upward_only(scene: Scene, ready: tuple[RunAnswer, str], tmp_path: Path) -> None:

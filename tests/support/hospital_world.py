@@ -141,6 +141,15 @@ class World:
         bound = {"run_id": run_id, "round": number, "site": site, "task": "train"}
         self.wait(lambda: self.said("contribution.accepted", **bound), f"the answer of {site} to round {number}")
 
+    # ---- the coordinator's keys
+
+    def renew(self, *words: str) -> None:
+        """`medhive-gateway renew ...` beside the gateway; the admin comes anew, and trusts what there is then."""
+        self.stack.run(["medhive-gateway", "renew", *words], self.stack.gateway_env())
+        self.admin.close()
+        self.admin = self.wait(lambda: logged_in(self.stack, self.password), "the admin's login")
+        self.stack.login(self.password)
+
     # ---- studies and runs
 
     def study(self, name: str, *members: str, **options: Any) -> None:
@@ -297,6 +306,13 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
+def logged_in(stack: Stack, password: str) -> GatewayClient:
+    """An admin's connection, which trusts the CA of now."""
+    admin = GatewayClient(stack.url, stack.trust())
+    admin.use_token(admin.post(f"{API}/login", {"username": "admin", "password": password})["token"])
+    return admin
+
+
 @contextmanager
 def running_world(folder: Path, *, mlflow: bool = False, sites: Sequence[str] = SITES) -> Iterator[World]:
     """A coordinator with connected hospitals; every process is ended with the block, its own children with it."""
@@ -305,9 +321,7 @@ def running_world(folder: Path, *, mlflow: bool = False, sites: Sequence[str] = 
         password = stack.start()
         assert password is not None
         stack.login(password)
-        admin = GatewayClient(stack.url, stack.trust())
-        admin.use_token(admin.post(f"{API}/login", {"username": "admin", "password": password})["token"])
-        world = World(stack, admin, password)
+        world = World(stack, logged_in(stack, password), password)
         try:
             for name in sites:
                 world.add_hospital(name, start=False)
@@ -316,7 +330,7 @@ def running_world(folder: Path, *, mlflow: bool = False, sites: Sequence[str] = 
                 program.wait_for("connected to the fleet")
             yield world
         finally:
-            admin.close()
+            world.admin.close()
             _end_what_is_left(stack)
 
 

@@ -143,7 +143,8 @@ class Node:
         self._in_work: dict[tuple[str, str, int, str], Assignment] = {}
         self._background: set[str] = set()
         self._lock = threading.Lock()
-        self._fleet: Fleet | None = None
+        self._fleet: Fleet | None = None  # what may have to be closed
+        self._connected: Fleet | None = None  # the same once it can carry answers
         self._fleet_away: Outage | None = None
         self._fast_until = 0.0
         self._heard_to: int | None = None
@@ -222,9 +223,10 @@ class Node:
             newest=newest,
         )
 
-    def _in_background(self, name: str, work: Callable[[], None]) -> None:
+    def _in_background(self, name: str, work: Callable[[], None], *, again: bool = False) -> None:
+        """Do it on another thread; not while work of this name is being done, unless `again`."""
         with self._lock:
-            if name in self._background or self._stopping.is_set():
+            if self._stopping.is_set() or (name in self._background and not again):
                 return
             self._background.add(name)
         self._pool.submit(self._guarded, name, work)
@@ -300,6 +302,7 @@ class Node:
         fleet = self._fleet
         if fleet is not None:
             fleet.close()
+            self._wake_fleet.set()
 
     def _note(self, watched: Watched) -> None:
         if watched.busy and not self._busy:
@@ -366,21 +369,28 @@ class Node:
         self._fleet = connection
         if self._stopping.is_set():
             return
-        with connection as fleet:
-            self._emit(Connected("fleet"))
-            for kept in [_inbound_of(item) for item in self._site.store.inbox()]:
-                self._take(kept)
-                fleet.confirm(kept)  # the process may have ended just before it did
-            while not self._stopping.is_set():
-                inbound = fleet.receive()
-                if inbound is None:
-                    self._wake_fleet.wait(self._pace())
-                    self._wake_fleet.clear()
-                    continue
-                self._fast_until = time.monotonic() + FAST_AFTER_TASK_S
-                self._site.store.keep_inbound(_item_of(inbound))
-                self._take(inbound)
-                fleet.confirm(inbound)
+        try:
+            with connection as fleet:
+                self._connected = fleet
+                self._serve_connected(fleet)
+        finally:
+            self._connected = None
+
+    def _serve_connected(self, fleet: Fleet) -> None:
+        self._emit(Connected("fleet"))
+        for kept in [_inbound_of(item) for item in self._site.store.inbox()]:
+            self._take(kept)
+            fleet.confirm(kept)  # the process may have ended just before it did
+        while not self._stopping.is_set():
+            inbound = fleet.receive()
+            if inbound is None:
+                self._wake_fleet.wait(self._pace())
+                self._wake_fleet.clear()
+                continue
+            self._fast_until = time.monotonic() + FAST_AFTER_TASK_S
+            self._site.store.keep_inbound(_item_of(inbound))
+            self._take(inbound)
+            fleet.confirm(inbound)
 
     def _pace(self) -> float:
         """Seconds until the next look for a task; the end of one's own work, and of a quiet time, cuts it short."""
@@ -455,7 +465,8 @@ class Node:
                 return
             assignment = Assignment(order, [inbound])
             self._in_work[order.key] = assignment
-        self._in_background(f"task {inbound.message_id}", lambda: self._fulfil(assignment))
+        # Again: its answer may be on its way still, over a connection that has ended meanwhile.
+        self._in_background(f"task {inbound.message_id}", lambda: self._fulfil(assignment), again=True)
 
     def _fulfil(self, assignment: Assignment) -> None:
         order = assignment.order
@@ -480,7 +491,7 @@ class Node:
 
     def _send(self, inbound: Inbound, payload: bytes) -> None:
         """Bring an answer; what cannot be brought stays in the inbox and is answered after the next connecting."""
-        fleet = self._fleet
+        fleet = self._connected
         if fleet is None:
             return
         try:
