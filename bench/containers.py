@@ -1,11 +1,12 @@
 """What the coordinator's containers take: seconds from `docker compose up` to all healthy, and memory when nothing goes on.
 
-    python bench/containers.py
+    python bench/containers.py              # --or-skip: only say why where no engine answers, or no images are built
 
 The images must be built (`make images`). It starts a coordinator of its own beside any other, from nothing, and deletes it
 again. Prints one JSON document; exits 1 when a figure is above its goal.
 """
 
+import argparse
 import json
 import os
 import secrets
@@ -36,6 +37,22 @@ def compose(name: str, *words: str) -> str:
     return done.stdout
 
 
+def obstacle() -> str | None:
+    """Why nothing can be measured here; None when it can."""
+    if not _answers("docker", "version") or not _answers("docker", "compose", "version"):
+        return "no container engine with compose answers"
+    images = compose("medhive-bench", "config", "--images").split()
+    missing = [image for image in images if not _answers("docker", "image", "inspect", image)]
+    return f"{', '.join(sorted(set(missing)))} not built; make images" if missing else None
+
+
+def _answers(*words: str) -> bool:
+    try:
+        return subprocess.run(words, capture_output=True, check=False, timeout=DEADLINE_S).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 def size_bytes(text: str) -> float:
     """What `docker stats` shows, such as 196.5MiB."""
     unit = next(unit for unit in UNITS if text.endswith(unit))
@@ -60,6 +77,7 @@ def measure(name: str) -> dict[str, Any]:
     held = memory_gb(name)
     total = round(sum(held.values()), 3)
     return {
+        "skipped": None,
         "healthy_s": round(healthy_s, 1),
         "healthy_goal_s": HEALTHY_GOAL_S,
         "memory_gb": held,
@@ -71,6 +89,12 @@ def measure(name: str) -> dict[str, Any]:
 
 def main() -> int:
     """The program; returns its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--or-skip", action="store_true", help="only say why where it cannot be measured")
+    chosen, reason = parser.parse_args(), obstacle()
+    if reason:
+        print(json.dumps({"skipped": reason}))
+        return 0 if chosen.or_skip else 1
     machine.end_cleanly_on_signals()
     name = f"medhive-bench-{secrets.token_hex(4)}"
     about = machine.describe()

@@ -111,6 +111,20 @@ def simulation_rows(report: Report) -> Iterator[Row]:
         yield Row("  a simulation's peak memory by clients", peaks)
 
 
+def container_rows(report: Report) -> Iterator[Row]:
+    """Of `containers.py`."""
+    if report["skipped"]:
+        yield Row("containers", f"left out: {report['skipped']}")
+        return
+    healthy, held = report["healthy_s"], report["memory_total_gb"]
+    yield Row("containers: from up to healthy", f"{healthy:.1f} s", *_at_most(healthy, report["healthy_goal_s"], "s"))
+    yield Row("containers: memory when idle", f"{held:.2f} GB", *_at_most(held, report["memory_goal_gb"], "GB"))
+
+
+def _at_most(value: float, goal: float, unit: str) -> tuple[str, bool]:
+    return f"≤ {goal:g} {unit}", value <= goal
+
+
 def image_rows(report: Report) -> Iterator[Row]:
     """Of `accuracy.py` on images."""
     options = report["options"]
@@ -151,6 +165,7 @@ def benchmarks(chosen: argparse.Namespace) -> list[Benchmark]:
     found.append(Benchmark("sealed", ("sealed.py", *some), sealed_rows))
     little = ("--rounds", "1", "--repeats", "1", "--no-memory") if quick else ()
     found.append(Benchmark("simulation", ("simulation.py", *little), simulation_rows))
+    found.append(Benchmark("containers", ("containers.py", "--or-skip"), container_rows))
     return found + _accuracy(chosen)
 
 
