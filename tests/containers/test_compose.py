@@ -238,6 +238,26 @@ def test_each_service_may_do_little(compose: Compose, service: str) -> None:
     assert bool(published) == (service == "proxy")
 
 
+@pytest.mark.parametrize("service", ["gateway", "fl-server", "mlflow"])
+def test_each_image_holds_only_its_own_packages(compose: Compose, service: str) -> None:
+    code = "import importlib.metadata as m, json; print(json.dumps([d.name for d in m.distributions()]))"
+    names = json.loads(compose.command("exec", "--no-TTY", service, "python", "-P", "-c", code))
+    lines = Path(__file__).with_name(f"{service}_packages.txt").read_text("utf-8").splitlines()
+    assert sorted(re.sub(r"[-_.]+", "-", name).lower() for name in names) == [
+        line for line in lines if not line.startswith("#")
+    ]
+    assert not {"torch", "monai", "ray"} & set(lines)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_each_image_describes_itself(compose: Compose, service: str) -> None:
+    labels = json.loads(run("docker", "inspect", compose.container(service)))[0]["Config"]["Labels"]
+    described = {
+        name: labels.get(f"org.opencontainers.image.{name}", "") for name in ("title", "description", "version")
+    }
+    assert described["title"].startswith("MedHive ") and described["description"] and described["version"] == "0.1.0"
+
+
 def test_secrets_are_with_their_service_alone(compose: Compose) -> None:
     """The CA's key never leaves the gateway, the coordinator's key goes to the aggregator alone."""
     held = {
@@ -295,6 +315,27 @@ def test_a_partitioned_hospital_comes_back(compose: Compose) -> None:
     assert (done["state"], done["reason"]) == ("completed", "")
     assert all(not item["dropped"] for entry in done["rounds_done"] for item in entry["sites"])
     assert "connected to the fleet again after" in compose.logs(site)
+
+
+def test_another_key_and_another_ca_take_over_in_a_run(compose: Compose) -> None:
+    """By the commands of docs/deployment.md; the hospitals' containers go on, and nobody is left out."""
+    before = {site: len(compose.logs(site)) for site in SITES}
+    renew = ("exec", "--no-TTY", "gateway", "medhive-gateway", "renew")
+    run_id = agree(compose, rounds=4)
+    compose.wait_for_log(SITES[0], f"{run_id} round 1/4 done")
+    assert "has named it its successor" in compose.command(*renew, "key")
+    compose.wait_for_log(SITES[0], f"{run_id} round 2/4 done")
+    assert "no other is trusted" in compose.command(*renew, "ca", "--at-once")
+    compose.login()
+    done = compose.ended(run_id)
+    assert (done["state"], done["reason"]) == ("completed", "")
+    assert all(not site["dropped"] for item in done["rounds_done"] for site in item["sites"])
+    version = compose.admin_json("models", STUDY)[-1]["version"]
+    for site in SITES:
+        compose.wait_for_log(site, f"version {version} of {STUDY} has arrived")
+        said = compose.logs(site)[before[site] :]
+        assert "task.refused" not in said and "bad-signature" not in said, said
+    assert compose.admin_json("audit", "verify")["right"]
 
 
 def test_a_queue_goes_through_the_door(compose: Compose) -> None:
