@@ -42,6 +42,10 @@ state() {
 }
 
 write_configuration
+if ! nginx -e stderr -t -q -c "$CONFIGURATION"; then
+    echo "error: nginx does not start with $CERTIFICATE and $KEY (above is why); TLS_CERT_FILE and TLS_KEY_FILE name your own." >&2
+    exit 1
+fi
 nginx -e stderr -c "$CONFIGURATION" &
 nginx=$!
 trap 'kill -TERM "$nginx"; wait "$nginx"; exit 0' TERM INT

@@ -16,7 +16,9 @@ import pytest
 from gateway_world import GatewayProcess, World, running_gateway, until
 from public_address import PublicCa, public_address
 
+from api_gateway.tunnel import TunnelSettings
 from medhive.client import GatewayClient, Trust
+from medhive.errors import InvalidInput
 from medhive.introduction import introduced
 from medhive.signing import VerifyKey
 from medhive.wire import API, AddressTrust, CoordinatorAnswer
@@ -197,3 +199,14 @@ def test_without_a_token_it_says_so_and_ends_well(tmp_path: Path) -> None:
     process = service.start().process
     assert process and process.wait(30) == 1
     assert "NGROK_AUTHTOKEN_FILE names" in service.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MEDHIVE_TUNNEL_PROTOCOL", "ftp"), ("MEDHIVE_TUNNEL_UPSTREAM", "proxy"), ("MEDHIVE_TUNNEL_DOMAIN", "a b"),
+     ("NGROK_AUTHTOKEN_FILE", "/nothing/here")],
+)  # fmt: skip
+def test_a_wrong_setting_of_the_tunnel_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInput, match=name):
+        TunnelSettings.load().read_token()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from compose import BUILD_DEADLINE_S, DEADLINE_S, ROOT, Compose, run
+from compose import BUILD_DEADLINE_S, DEADLINE_S, HARDENED, ROOT, Compose, run
 from stack import wait_until
 
 from fl_client.tasks.phantoms import CLASSES, make_phantoms
@@ -236,6 +236,22 @@ def test_each_service_may_do_little(compose: Compose, service: str) -> None:
         port for bindings in (host["PortBindings"] or {}).values() for port in [tuple(b.values()) for b in bindings]
     }
     assert bool(published) == (service == "proxy")
+
+
+@pytest.mark.parametrize(
+    ("variable", "file", "said"),
+    [("TLS_CERT_FILE", "/own/missing.crt", "cannot read /own/missing.crt"),
+     ("TLS_KEY_FILE", "/handout/ca.crt", "does not start with /handout/proxy.crt and /handout/ca.crt")],
+)  # fmt: skip
+def test_a_proxy_that_cannot_serve_names_the_variable(compose: Compose, variable: str, file: str, said: str) -> None:
+    words = ("docker", "run", "--rm", *HARDENED, "--volume", f"{compose.name}_handout-proxy:/handout:ro")
+    done = subprocess.run(
+        [*words, "--env", f"{variable}={file}", "medhive/proxy:0.1.0"],
+        capture_output=True, text=True, check=False, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert said in last and variable in last
 
 
 @pytest.mark.parametrize("service", ["gateway", "fl-server", "mlflow"])

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -21,8 +21,13 @@ PROGRAMS = ("medhive-site", "medhive-admin")
 @cache
 def printed() -> tuple[str, ...]:
     """Every text in the programs' sources, with a gap for each value that is filled in."""
-    files = sorted(path for folder in ("services", "deploy") for path in (ROOT / folder).rglob("*.py"))
-    return tuple(text for path in files for text in texts_of(ast.parse(path.read_text("utf-8"))))
+    return tuple(
+        text
+        for folder in ("services", "deploy")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if (read := READERS.get(path.suffix))
+        for text in read(path.read_text("utf-8"))
+    )
 
 
 def texts_of(tree: ast.AST) -> Iterator[str]:
@@ -33,8 +38,21 @@ def texts_of(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
+def echoed(script: str) -> Iterator[str]:
+    """What a shell script says between double quotes."""
+    for text in re.findall(r'echo "([^"]+)"', script):
+        yield re.sub(r"\$\{?\w+\}?", GAP, text)
+
+
+READERS: Mapping[str, Callable[[str], Iterable[str]]] = {
+    ".py": lambda text: texts_of(ast.parse(text)),
+    ".sh": echoed,
+}
+
+
 def test_gaps_stand_for_values() -> None:
     assert next(texts_of(ast.parse(r"""f"port {a} of " f"{b}" "!" """))) == f"port {GAP} of {GAP}!"
+    assert list(echoed('echo "port $A of ${B}!" >&2')) == [f"port {GAP} of {GAP}!"]
 
 
 def test_there_is_something_to_check() -> None:
