@@ -12,7 +12,7 @@ from PIL import Image
 from fl_client.check import check_data, study_of_folder
 from fl_client.tasks import LocalOptions, RoundPlan, finish, load_task
 from fl_client.tasks.errors import DataFolderMissing, UnknownClass, WrongArchitecture, WrongOption
-from fl_client.tasks.image_training import cropped, middle, whitened
+from fl_client.tasks.image_training import cropped, middle, relit, whitened
 from fl_client.tasks.images import ImageOptions
 from fl_client.tasks.models import build_model
 from fl_client.tasks.packed_images import CIFAR_RECORD, packed_classes, read_packed
@@ -158,6 +158,56 @@ def test_scaffolds_correction_is_taken_off_each_step(tmp_path: Path) -> None:
         finish(workspace.train(first, replace(plan, correction={"w": np.zeros(3, np.float32)})))
 
 
+def test_weight_decay_and_pull_are_of_the_gradient_which_momentum_carries(tmp_path: Path) -> None:
+    """Against torch's own SGD over a loss that has the proximal term in it, as Flower's baseline niid_bench writes it."""
+    write(tmp_path / "data", "arrays")
+    options = {"image_size": 32, "channels": 3, "model": "lenet", "recipe": "plain", "momentum": 0.9}
+    options |= {"weight_decay": 0.01, "pixels": "unit"}
+    workspace: Any = load_task("image-folder").open(
+        tmp_path / "data", StudyData(classes=("cat", "dog"), options=options), b"secret"
+    )
+    first = workspace.initial_weights(1)
+    plan = RoundPlan(1, 5, 3, batch_size=1000, lr=0.1, mu=0.5, seed=1)
+    result = finish(workspace.train(first, plan))
+    model, anchor = workspace.model.new_model(first), workspace.model.build(seed=1)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    indices = workspace.indices("train")
+    for _ in range(3):
+        logits = model(workspace.pixels(indices).float() / 255)
+        loss = torch.nn.functional.cross_entropy(logits, workspace.labels(indices))
+        pairs = zip(model.parameters(), anchor.parameters(), strict=True)
+        loss = loss + 0.5 / 2 * sum(((own - its.detach()) ** 2).sum() for own, its in pairs)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for name, parameter in model.named_parameters():
+        assert np.allclose(result.weights[name], parameter.detach().numpy(), atol=1e-6), name
+
+
+def test_a_crop_beyond_the_edge_sees_the_mirror_image() -> None:
+    pixels = torch.randint(0, 256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    seen = cropped(pixels, 32, torch.Generator().manual_seed(0), pad=4)
+    padded = torch.nn.functional.pad(pixels.float(), [4] * 4, mode="reflect")
+    places = set()
+    for image, crop in zip(padded, seen, strict=True):
+        windows = image.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
+        equal = [(windows == turned).all(dim=(2, 3, 4)).nonzero() for turned in (crop, crop.flip(2))]
+        assert sum(map(len, equal)) == 1
+        places.add((len(equal[0]), *(int(x) for x in torch.cat(equal)[0])))
+    assert len(places) > 30
+
+
+def test_light_changes_as_in_the_tutorial() -> None:
+    pixels = torch.rand(200, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 255
+    lit = relit(pixels, 63.0, 0.8, torch.Generator().manual_seed(0))
+    shift = lit.mean(dim=(2, 3)) - pixels.mean(dim=(2, 3))
+    factor = lit.std(dim=(2, 3)) / pixels.std(dim=(2, 3))
+    for found, least, most in ((shift, -63.0, 63.0), (factor, 0.2, 1.8)):
+        assert torch.allclose(found, found[:, :1].expand(-1, 3), atol=1e-3)  # the same for each channel of an image
+        assert least <= float(found.min()) < least + 0.1 * (most - least)
+        assert most >= float(found.max()) > most - 0.1 * (most - least)
+
+
 def test_a_crop_lies_in_the_image_and_judging_takes_its_middle() -> None:
     pixels = torch.arange(32 * 32, dtype=torch.uint8).view(1, 1, 32, 32).repeat(60, 3, 1, 1)
     seen = cropped(pixels, 24, torch.Generator().manual_seed(0))
@@ -174,13 +224,26 @@ def test_the_small_cnn_has_a_million_parameters() -> None:
     model = build_model("cnn", channels=3, classes=10, seed=1, side=24)
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_068_298
     assert model(torch.zeros(2, 3, 24, 24)).shape == (2, 10)
+    small = build_model("lenet", channels=3, classes=10, seed=1, side=32)
+    assert sum(parameter.numel() for parameter in small.parameters()) == 62_006
     norm = next(module for module in model if not list(module.children()) and hasattr(module, "band"))
     x = torch.randn(2, 64, 5, 5) * 9
     assert torch.allclose(norm(x), torch.nn.LocalResponseNorm(9, alpha=0.001)(x), atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "options", [{"recipe": "secret"}, {"crop": 24}, {"recipe": "plain", "crop": 99}, {"momentum": 1.0}]
+    "options",
+    [
+        {"recipe": "secret"},
+        {"crop": 24},
+        {"pixels": "unit"},
+        {"recipe": "plain", "crop": 99},
+        {"recipe": "plain", "momentum": 1.0},
+        {"recipe": "plain", "weight_decay": -0.1},
+        {"recipe": "plain", "pixels": "grey"},
+        {"recipe": "plain", "pad": 4},
+        {"recipe": "plain", "contrast": 1.5},
+    ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(WrongOption):

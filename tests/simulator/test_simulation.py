@@ -323,11 +323,11 @@ def test_what_does_not_fit_is_said_in_a_sentence(
 # ---- many clients as one computation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["cnn", "resnet-gn"])
+@pytest.mark.parametrize("model", ["cnn", "lenet", "resnet-gn"])
 def test_clients_that_are_trained_together_get_the_same_weights(tmp_path: Path, model: str) -> None:
-    """Of unequal sizes, so that some have fewer and shorter batches; with momentum, dropout of clients, and one poisoner."""
+    """Of unequal sizes, so that some have fewer and shorter batches; with momentum, weight decay, and dropout of clients."""
     make_phantoms(tmp_path / "data", 12)
-    options = ("image_size=32", f"model={model}", "recipe=plain", "momentum=0.5", "crop=24")
+    options = ("image_size=32", f"model={model}", "recipe=plain", "momentum=0.5", "weight_decay=0.02", "crop=24")
     flags: dict[str, Any] = {
         "data": tmp_path / "data",
         "clients": 7,

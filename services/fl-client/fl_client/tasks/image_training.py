@@ -107,7 +107,7 @@ class ImageModel(Classifier):
         self._options = ImageOptions.of(study)
         self.resize = Resizer(self._options.image_size)
         if self._options.recipe == "plain":
-            self.plain = Plain(self._options.momentum, self._options.lr_decay)
+            self.plain = Plain(self._options.momentum, self._options.lr_decay, self._options.weight_decay)
         super().__init__(study.classes, device)
 
     def network(self, seed: int) -> nn.Module:
@@ -121,17 +121,23 @@ class ImageModel(Classifier):
         return EVALUATION_BATCH
 
     def augment(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """See `augment`, and for the plain recipe `cropped`."""
+        """See `augment`, and for the plain recipe `cropped` and `relit`."""
         if self.plain is None:
             return augment(pixels, generator)
-        return cropped(pixels, self._options.crop, generator) if self._options.crop else pixels.float()
+        options = self._options
+        seen = cropped(pixels, options.crop, generator, options.pad) if options.crop else pixels.float()
+        lit = options.brightness or options.contrast
+        return relit(seen, options.brightness, options.contrast, generator) if lit else seen
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """See `normalised`, and for the plain recipe `whitened`."""
+        """See `normalised`, and for the plain recipe `whitened`, or 0 to 1."""
         if self.plain is None:
             return normalised(pixels)
         crop = self._options.crop
-        return whitened(middle(pixels, crop) if crop and pixels.shape[-1] != crop else pixels)
+        seen = middle(pixels, crop) if crop and pixels.shape[-1] != crop else pixels
+        if self._options.pixels == "unit":
+            return (seen / 255).contiguous(memory_format=torch.channels_last)
+        return whitened(seen)
 
     def predict_files(
         self, weights: Weights, paths: Sequence[Path]
@@ -204,18 +210,35 @@ def middle(pixels: Tensor, side: int) -> Tensor:
     return pixels[..., top : top + side, left : left + side]
 
 
-def cropped(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """A square somewhere in each image of a batch, mirrored or not; bytes → (n, c, side, side) floats 0 to 255."""
+def cropped(pixels: Tensor, side: int, generator: torch.Generator, pad: int = 0) -> Tensor:
+    """A square somewhere in each image of a batch, mirrored or not; bytes → (n, c, side, side) floats 0 to 255.
+
+    With `pad` the image goes on for so many pixels beyond its edges, as its mirror image.
+    """
     n, _channels, height, width = pixels.shape
     r = torch.rand(n, 3, generator=generator)
-    top = (r[:, 0] * (height - side + 1)).long().view(-1, 1, 1)
-    left = (r[:, 1] * (width - side + 1)).long().view(-1, 1, 1)
+    top = (r[:, 0] * (height + 2 * pad - side + 1)).long().view(-1, 1, 1)
+    left = (r[:, 1] * (width + 2 * pad - side + 1)).long().view(-1, 1, 1)
     along = torch.arange(side)
-    columns = torch.where(r[:, 2].view(-1, 1, 1) < 0.5, along, along.flip(0)) + left
-    rows = (along.view(1, -1, 1) + top).to(pixels.device)
+    columns = _within(torch.where(r[:, 2].view(-1, 1, 1) < 0.5, along, along.flip(0)) + left - pad, width)
+    rows = _within(along.view(1, -1, 1) + top - pad, height).to(pixels.device)
     which = torch.arange(n, device=pixels.device).view(-1, 1, 1)
     moved = pixels.permute(0, 2, 3, 1)[which, rows, columns.to(pixels.device)]
     return moved.permute(0, 3, 1, 2).float()
+
+
+def _within(places: Tensor, side: int) -> Tensor:
+    """Places beyond the edges, mirrored at them."""
+    return side - 1 - (side - 1 - places.abs()).abs()
+
+
+def relit(pixels: Tensor, brightness: float, contrast: float, generator: torch.Generator) -> Tensor:
+    """Each image of a batch brighter or darker by up to `brightness` levels, its channels' distances from their means
+    longer or shorter by up to the share `contrast`, as in TensorFlow's CIFAR-10 tutorial; nothing is cut off.
+    """
+    r = (torch.rand(len(pixels), 2, generator=generator) * 2 - 1).to(pixels.device).view(-1, 2, 1, 1, 1)
+    mean = pixels.mean(dim=(2, 3), keepdim=True)
+    return (pixels - mean) * (1 + r[:, 0] * contrast) + mean + r[:, 1] * brightness
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:

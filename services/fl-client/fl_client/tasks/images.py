@@ -46,6 +46,9 @@ MAX_FILES = 2_000_000  # names alone are then 200 MB
 MIN_SIZE, MAX_SIZE = 24, 1024  # the models halve four times; 1024 × 1024 is all that 2-D scans carry
 MAX_PATTERN = 100
 RECIPES = ("clinical", "plain")
+PIXELS = ("whitened", "unit")
+OF_PLAIN = ("momentum", "lr_decay", "weight_decay", "pixels", "crop", "pad", "brightness", "contrast")
+MAX_LEVEL = 255
 MAX_STARS = 2  # keeps matching a name of 255 characters cheap whatever the pattern
 SIXTEEN_BIT_SHIFT = 8
 
@@ -61,10 +64,14 @@ class ImageOptions:
         channels: 1 (grey) or 3 (colour).
         model: one of `fl_client.tasks.models`, by name.
         recipe: `clinical`, which `fl_client.tasks.training` describes, or `plain`: SGD as published studies use it, at a
-            constant rate, on images whitened one by one.
-        momentum, lr_decay: of the plain recipe; its rate is multiplied by `lr_decay` after each round.
+            constant rate.
+        momentum, lr_decay, weight_decay: of the plain recipe; its rate is multiplied by `lr_decay` after each round.
+        pixels: of the plain recipe: `whitened`, each image by itself, or `unit`, as they are from 0 to 1.
         crop: of the plain recipe: side of the square that the model sees of each image, drawn and mirrored at random in
             training, the middle one in judging; 0 sees all of it, unchanged.
+        pad: by how many pixels, mirrored at its edge, an image grows before a square is drawn from it.
+        brightness, contrast: how far training changes them at most: in levels of 255, and as a share of each channel's
+            distance from its mean.
         group_pattern: how the patient is told from a file's name, as "{group}_*": `{group}` stands for the patient,
             `*` for anything, all else for itself; matched against the path within the class folder. Empty: no groups.
         allow_missing_classes: whether a site may lack a class.
@@ -76,7 +83,12 @@ class ImageOptions:
     recipe: str = "clinical"
     momentum: float = 0.0
     lr_decay: float = 1.0
+    weight_decay: float = 0.0
+    pixels: str = "whitened"
     crop: int = 0
+    pad: int = 0
+    brightness: float = 0.0
+    contrast: float = 0.0
     group_pattern: str = ""
     allow_missing_classes: bool = False
 
@@ -98,12 +110,22 @@ class ImageOptions:
             raise WrongOption("Option 'channels' must be 1 (grey) or 3 (colour).", option="channels")
         if self.recipe not in RECIPES:
             raise WrongOption(f"Option 'recipe' must be one of {', '.join(RECIPES)}.", option="recipe")
-        if not (0 <= self.momentum < 1 and 0 < self.lr_decay <= 1):
-            raise WrongOption("Option 'momentum' must be 0 to below 1, 'lr_decay' above 0 to 1.", option="momentum")
-        if self.crop and (self.recipe != "plain" or not MIN_SIZE <= self.crop <= self.image_size):
+        if self.pixels not in PIXELS:
+            raise WrongOption(f"Option 'pixels' must be one of {', '.join(PIXELS)}.", option="pixels")
+        if not (0 <= self.momentum < 1 and 0 < self.lr_decay <= 1 and 0 <= self.weight_decay < 1):
             raise WrongOption(
-                f"Option 'crop' needs the recipe plain, and must be {MIN_SIZE} to image_size pixels.", option="crop"
+                "Options 'momentum' and 'weight_decay' must be 0 to below 1, 'lr_decay' above 0 to 1.",
+                option="momentum",
             )
+        if self.crop and not MIN_SIZE <= self.crop <= self.image_size:
+            raise WrongOption(f"Option 'crop' must be {MIN_SIZE} to image_size pixels.", option="crop")
+        if self.pad and not (self.crop and 0 < self.pad < self.image_size):
+            raise WrongOption("Option 'pad' must be 0 to below image_size, and needs 'crop'.", option="pad")
+        if not (0 <= self.brightness <= MAX_LEVEL and 0 <= self.contrast <= 1):
+            raise WrongOption("Option 'brightness' must be 0 to 255, 'contrast' 0 to 1.", option="brightness")
+        changed = [name for name in OF_PLAIN if getattr(self, name) != getattr(ImageOptions, name)]
+        if changed and self.recipe != "plain":
+            raise WrongOption(f"Option {changed[0]!r} is of the recipe plain alone.", option=changed[0])
         if self.group_pattern:
             _pattern(self.group_pattern)
 

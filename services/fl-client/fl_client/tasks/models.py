@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fl_client.tasks.base import FloatArray
 from fl_client.tasks.errors import UnknownModel, WrongArchitecture
 
-MODELS = ("resnet-gn", "resnet-gn-wide", "resnet-bn", "cnn", "densenet121", "efficientnet-b0")
+MODELS = ("resnet-gn", "resnet-gn-wide", "resnet-bn", "cnn", "lenet", "densenet121", "efficientnet-b0")
 TORCHVISION = "torchvision:"  # prefix of the backbones of the optional extra [vision], as in torchvision:resnet18
 GROUPS = 8  # channels are multiples of it in every stage
 WIDTHS = (32, 48, 64, 96)  # 0.38 M parameters; an epoch of 5,501 images of 96 × 96 takes 13 s on two cores
@@ -173,6 +173,32 @@ class ConvNet(nn.Sequential):
         )
 
 
+class LeNet(nn.Sequential):
+    """The smaller CNN of Li et al. 2022 (arXiv:2102.02079) and of Flower's baseline niid_bench, after LeCun et al. 1998.
+
+    (n, channels, side, side) → (n, classes) logits; 62,006 parameters for colour, 32 pixels a side and 10 classes.
+    """
+
+    def __init__(self, channels: int, classes: int, side: int) -> None:
+        halved = (side - 4) // 2
+        quarter = (halved - 4) // 2
+        super().__init__(
+            nn.Conv2d(channels, 6, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * quarter * quarter, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, classes),
+        )
+
+
+SMALL: Mapping[str, Callable[[int, int, int], nn.Module]] = {"cnn": ConvNet, "lenet": LeNet}
 COMPACT: Mapping[str, Callable[[int, int], nn.Module]] = {
     "resnet-gn": CompactResNet,
     "resnet-gn-wide": partial(CompactResNet, widths=WIDE_WIDTHS),
@@ -183,7 +209,7 @@ COMPACT: Mapping[str, Callable[[int, int], nn.Module]] = {
 def build_model(name: str, *, channels: int, classes: int, seed: int, side: int = 96) -> nn.Module:
     """A model with weights that depend on `seed` alone; the global random state is left as it was.
 
-    `side` is that of the images, in pixels, which only `cnn` depends on.
+    `side` is that of the images, in pixels, which `cnn` and `lenet` depend on.
 
     Raises:
         UnknownModel: no model has that name.
@@ -192,8 +218,8 @@ def build_model(name: str, *, channels: int, classes: int, seed: int, side: int 
         torch.manual_seed(seed)
         if name in COMPACT:
             return COMPACT[name](channels, classes)
-        if name == "cnn":
-            return ConvNet(channels, classes, side)
+        if name in SMALL:
+            return SMALL[name](channels, classes, side)
         if name == "densenet121":
             from monai.networks.nets import DenseNet121  # noqa: PLC0415 - seconds of imports for one of three models
 

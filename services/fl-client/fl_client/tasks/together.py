@@ -82,7 +82,8 @@ class Together:
         rate = self._jobs[0].rate()
         for name, gradient in gradients.items():
             active = (counts > 0).view(-1, *([1] * (gradient.ndim - 1)))
-            moment = torch.where(active, self._plain.momentum * self._moments[name] + gradient, self._moments[name])
+            step = gradient + self._plain.weight_decay * self._parameters[name]
+            moment = torch.where(active, self._plain.momentum * self._moments[name] + step, self._moments[name])
             self._moments[name] = moment
             self._parameters[name] = torch.where(active, self._parameters[name] - rate * moment, self._parameters[name])
         return torch.stack([losses.detach() * counts, right, counts]).double().cpu()

@@ -85,11 +85,12 @@ def resolve_device(name: str) -> torch.device:
 class Plain:
     """The recipe of published studies in place of the one above: SGD from a fresh start each round, plain cross-entropy.
 
-    `lr_decay` multiplies the rate after each round.
+    `lr_decay` multiplies the rate after each round; `weight_decay` and FedProx' pull are part of the gradient.
     """
 
     momentum: float = 0.0
     lr_decay: float = 1.0
+    weight_decay: float = 0.0
 
 
 @dataclass
@@ -392,6 +393,7 @@ class Job:
             )
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        self._pull_gradient()
         self._optimiser.step()
         self._correct(lr)
         self._pull_back(lr)
@@ -444,13 +446,21 @@ class Job:
             with torch.no_grad():
                 torch._foreach_add_(list(self._parameters.values()), self._correction, alpha=-lr)
 
+    def _pull_gradient(self) -> None:
+        """FedProx' proximal term in SGD's gradient, as published, whose momentum then carries it: + μ·(w − w_global)."""
+        if self._plain is not None and self._plan.mu > 0:
+            with torch.no_grad():
+                for parameter, anchor in zip(self._parameters.values(), self._anchor, strict=True):
+                    if parameter.grad is not None:
+                        parameter.grad.add_(parameter - anchor, alpha=self._plan.mu)
+
     def _pull_back(self, lr: float) -> None:
-        """FedProx' proximal term as a step of its own: w ← w − lr·μ·(w − w_global).
+        """FedProx' proximal term of AdamW as a step of its own: w ← w − lr·μ·(w − w_global).
 
         As AdamW does with weight decay, it is kept out of the gradient: there Adam would divide it by the gradient's own
         size, which makes the pull strongest where the loss says least.
         """
-        if self._plan.mu > 0:
+        if self._plain is None and self._plan.mu > 0:
             share = min(1.0, self._plan.mu * lr)
             with torch.no_grad():
                 torch._foreach_lerp_(list(self._parameters.values()), self._anchor, share)
@@ -468,7 +478,7 @@ class Job:
 def _optimiser(parameters: Mapping[str, nn.Parameter], lr: float, plain: Plain | None) -> torch.optim.Optimizer:
     """AdamW, of which biases and normalisation are not decayed; SGD for the plain recipe."""
     if plain is not None:
-        return torch.optim.SGD(parameters.values(), lr=lr, momentum=plain.momentum)
+        return torch.optim.SGD(parameters.values(), lr=lr, momentum=plain.momentum, weight_decay=plain.weight_decay)
     matrices = [p for p in parameters.values() if p.ndim > 1]
     vectors = [p for p in parameters.values() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
