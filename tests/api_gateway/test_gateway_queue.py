@@ -243,6 +243,26 @@ def test_wrong_manifests_are_refused(refusing: Scene, changes: dict[str, Any], r
     assert refusing.status().queue_size == 0
 
 
+def test_what_was_made_for_another_study_is_refused(world: World, refusing: Scene) -> None:
+    """A hospital of both, with a queue open in each: neither may take what was signed for the other."""
+    hospital, file = refusing.hospitals[0], refusing.weights(6)
+    study = world.study(hospital)
+    other = open_queue(world, study)
+    agree(hospital, other)
+    own = refusing.manifest(hospital, file)
+    assert code(refusing.post(hospital, file, study=study)) == (403, "bad-signature"), "that queue is not of this study"
+    assert code(refusing.post(hospital, file, queue_id=other.id)) == (403, "bad-signature")
+    moved = own.model_copy(update={"body": own.body.model_copy(update={"study": study, "queue_id": other.id})})
+    headers = {MANIFEST_HEADER: manifest_to_header(moved)}
+    url = f"{world.gateway.url}/upload"
+    assert code(hospital.http.post(url, content=file.read_bytes(), headers=headers)) == (403, "bad-signature")
+    headers = {MANIFEST_HEADER: manifest_to_header(own)}
+    asked = hospital.http.post(f"{url}?study={study}", content=file.read_bytes(), headers=headers)
+    assert code(asked) == (422, "invalid-input")
+    sizes = [world.admin.get("/status", study=name)["queue_size"] for name in (study, refusing.study)]
+    assert sizes == [0, 0]
+
+
 def test_who_may_upload(refusing: Scene) -> None:
     world, file = refusing.world, refusing.weights(6)
     stranger, silent = world.hospital(), world.hospital(refusing.study)

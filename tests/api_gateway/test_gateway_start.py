@@ -17,6 +17,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from gateway_world import GatewayProcess, World, running_gateway, until
 from old_files import make_old
+from queue_world import Scene
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
@@ -297,4 +298,11 @@ def test_a_named_proxy_is_believed_and_sends_the_bytes(tmp_path: Path) -> None:
         assert answer.content == b""
         # A service beside the gateway asks it without the proxy, which alone could send the bytes for it.
         assert hashlib.sha256(direct.content).hexdigest() == digest
+        scene = Scene.made(world)
+        scene.hospitals[0].http.headers["X-Forwarded-For"] = "198.51.100.7, 203.0.113.8"
+        assert scene.post(scene.hospitals[0], scene.weights(1)).status_code == 201
+        assert scene.status().waiting[0].source_address == "203.0.113.8"
+        rows = world.admin.get(f"{API}/events", after=0, limit=1000)
+        received = [row["data"] for row in rows if row["kind"] == "contribution.received"]
+        assert [data["source_address"] for data in received] == ["203.0.113.8"]
         world.close()

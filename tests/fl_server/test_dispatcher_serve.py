@@ -19,6 +19,7 @@ from medhive.states import ConsentState, RunState
 from medhive.wire import API, RunAnswer
 
 NAMES = ("a", "b", "c")
+LARGE = 8_000_000  # numbers of a model whose average takes a second, twenty times what a kill needs
 
 
 @pytest.fixture(scope="module")
@@ -102,25 +103,28 @@ def kill(stack: CoordinatorStack, victim: str, *, again: bool = True) -> None:
         os.kill(process_named(stack, f"fl_server.flower {victim}"), signal.SIGKILL)
 
 
-def test_a_queues_contributions_count_once_though_the_service_is_killed(
+def test_a_queues_contributions_count_once_though_the_service_is_killed_in_the_middle_of_an_average(
     stack: CoordinatorStack, tmp_path: Path
 ) -> None:
-    """They arrive while it is dead; it is killed again when it has taken them up, whether it is done by then or not."""
-    path = f"{API}/studies/tumours"
-    newest = max(row["version"] for row in stack.admin.get(f"{path}/versions"))
+    """It is killed when it has taken them up, long before such weights are averaged."""
+    stack.add_study("large", NAMES)
+    path = f"{API}/studies/large"
     queue = QueueAnswer.model_validate(stack.admin.put(f"{path}/queue", {"capacity": 3}))
-    kill(stack, "serve", again=False)
+    stack.hospitals["a"].begin(queue, LARGE, tmp_path)
+    before = len(stack.server.text)
     for name, examples in zip(NAMES, (10, 20, 30), strict=True):
-        stack.hospitals[name].contribute(queue, stack.version("tumours", newest), examples, tmp_path)
-    said = stack.server.text.count("queue.leased")
+        stack.hospitals[name].contribute(queue, stack.version("large", 0), examples, tmp_path)
+    until(lambda: "queue.leased" in stack.server.text[before:], "the average is begun", 60)
+    kill(stack, "serve", again=False)
+    said = stack.server.text[before:]
+    assert "queue.average-made" not in said and "queue.settled" not in said, "the kill came too late to prove anything"
+    assert max(row["version"] for row in stack.admin.get(f"{path}/versions")) == 0
     stack.start_server()
-    until(lambda: stack.server.text.count("queue.leased") > said, "the average is begun", 60)
-    kill(stack, "serve")
-    until(lambda: stack.admin.get("/status", study="tumours")["queue_size"] == 0, "all are averaged", 120)
-    rows = stack.admin.get(f"{path}/queue/contributions", version=newest + 1)
+    until(lambda: stack.admin.get("/status", study="large")["queue_size"] == 0, "all are averaged", 120)
+    rows = stack.admin.get(f"{path}/queue/contributions", version=1)
     assert [(row["site"], row["state"]) for row in reversed(rows)] == [(name, "counted") for name in NAMES]
-    assert sum(row["weight"] for row in rows) == pytest.approx(1)
-    assert max(row["version"] for row in stack.admin.get(f"{path}/versions")) == newest + 1
+    assert [row["weight"] for row in reversed(rows)] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert max(row["version"] for row in stack.admin.get(f"{path}/versions")) == 1
     stack.admin.post(f"{path}/queue/close", {"reason": "done"})
 
 

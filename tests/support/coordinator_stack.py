@@ -323,10 +323,21 @@ class LightHospital:
         path = "withdraw" if decision == "withdrawn" else "consents"
         self.gateway.post(f"/runs/{run.id}/{path}", sign(body, self.key))
 
-    def contribute(self, queue: QueueAnswer, base: VersionAnswer, examples: int, folder: Path) -> None:
-        """Agree to a queue and upload a contribution to it, without training."""
+    def begin(self, queue: QueueAnswer, size: int, folder: Path) -> None:
+        """Agree to a queue of a study without a model and bring initial weights of so many numbers."""
+        self.agree_to(queue)
+        file = folder / f"{queue.study}-zero.safetensors"
+        digest = write_weights(file, {"layer": np.zeros(size, np.float32)})
+        self.gateway.send_version_zero(queue.study, file, digest)
+
+    def agree_to(self, queue: QueueAnswer) -> None:
+        """Agree to a queue."""
         signed = signed_consent(queue, site=self.name, key=self.key, coordinator_key_id=self.identity.verify_key.key_id)
         self.gateway.post(f"/studies/{queue.study}/queue/consents", signed)
+
+    def contribute(self, queue: QueueAnswer, base: VersionAnswer, examples: int, folder: Path) -> None:
+        """Agree to a queue and upload a contribution to it, without training."""
+        self.agree_to(queue)
         before, file = folder / f"{self.name}-base.safetensors", folder / f"{self.name}-{examples}.safetensors"
         before.unlink(missing_ok=True)
         self.gateway.fetch_version(queue.study, base.version, before, digest=base.digest, size_bytes=base.size_bytes)
