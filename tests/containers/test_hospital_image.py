@@ -4,10 +4,12 @@ The coordinator runs as processes of this machine; the containers reach it throu
 """
 
 import json
+import os
 import re
+import secrets
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,6 +107,29 @@ def stopped_in(container: str) -> tuple[float, int]:
     began = time.monotonic()
     docker("stop", "--time", "20", container)
     return time.monotonic() - began, int(docker("inspect", "-f", "{{.State.ExitCode}}", container).stdout)
+
+
+class SiteCompose:
+    """deploy/compose.site.yaml as a project of its own; all of it is removed with the block."""
+
+    def __init__(self, given: Mapping[str, str]) -> None:
+        self._given = given
+        self._project = f"medhive-site-{secrets.token_hex(4)}"
+
+    def command(self, *words: str, check: bool = True) -> str:
+        """What a compose command prints, errors included."""
+        file = ROOT / "deploy" / "compose.site.yaml"
+        argv = ["docker", "compose", "--project-name", self._project, "--file", str(file), *words]
+        environment = {**os.environ, **self._given}
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout if check else done.stdout + done.stderr
+
+    def __enter__(self) -> "SiteCompose":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.command("down", "--volumes", "--timeout", "5", check=False)
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +283,43 @@ def test_it_waits_for_a_coordinator_that_is_not_up_and_stops_at_once(start: Star
     seconds, code = stopped_in(container)
     assert (code, log_of(container).count("waiting for it")) == (Exit.STOPPED, 1)
     assert seconds < STOP_S
+
+
+# ---- by its compose file --------------------------------------------------------------------------------------------
+
+
+def test_its_compose_file_starts_one_hospital(image: str, scans: Path) -> None:
+    """Against a coordinator that is not up: what the container may do, and that its command line answers."""
+    del image  # built under the name that the file takes
+    given = {"SERVER_ADDRESS": "https://127.0.0.1:9", "CLIENT_ID": "hospital-a", "JOIN_TOKEN": TOKEN}
+    with SiteCompose({**given, "DATA_FOLDER": str(scans)}) as compose:
+        compose.command("up", "--detach")
+        container = compose.command("ps", "--quiet", "site").strip()
+        wait_for(container, "the coordinator is not up yet, waiting for it")
+        (told,) = json.loads(docker("inspect", container).stdout)
+        host = told["HostConfig"]
+        assert (host["ReadonlyRootfs"], host["CapDrop"], host["SecurityOpt"]) == (
+            True,
+            ["ALL"],
+            ["no-new-privileges:true"],
+        )
+        assert (host["RestartPolicy"]["Name"], host["Memory"]) == ("unless-stopped", 8 * 2**30)
+        assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "5"}
+        assert {item["Destination"]: item["RW"] for item in told["Mounts"]} == {"/data": False, "/state": True}
+        assert "has not joined" in compose.command("exec", "-T", "site", "medhive-site", "status", check=False)
+        assert stopped_in(container)[0] < STOP_S
+
+
+def test_its_compose_file_asks_for_gpus_where_they_are_named_and_for_what_is_missing(scans: Path) -> None:
+    given = {"SERVER_ADDRESS": "https://127.0.0.1:9", "CLIENT_ID": "hospital-a", "DATA_FOLDER": str(scans)}
+    with SiteCompose(given) as compose:
+        assert set(json.loads(compose.command("config", "--format", "json"))["services"]) == {"site"}
+        services = json.loads(compose.command("--profile", "gpu", "config", "--format", "json"))["services"]
+        (device,) = services["site-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    for name in given:
+        with SiteCompose({**given, name: ""}) as compose:
+            assert name in compose.command("config", check=False)
 
 
 # ---- taking part ------------------------------------------------------------------------------------------
