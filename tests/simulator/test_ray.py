@@ -59,10 +59,13 @@ def lines(path: Path) -> int:
 
 
 def test_two_processes_give_the_bits_of_one_whatever_ends_them(tmp_path: Path) -> None:
-    """Images whose optimiser's state stays at each client; clients drop out and send NaN. Killed, then interrupted."""
+    """Images whose optimiser's state stays at each client, who is sent a correction; some drop out, or send NaN.
+
+    Killed, then interrupted.
+    """
     make_phantoms(tmp_path / "data", 8)
     flags: dict[str, Any] = {"data": tmp_path / "data", "clients": 6, "rounds": 6, "local_epochs": 3}
-    flags |= {"poison": "0.2:nan", "dropout": 0.1}
+    flags |= {"strategy": "scaffold", "poison": "0.2:nan", "dropout": 0.1}
     with simulating(flags, tmp_path / "inline", "") as inline:
         assert inline.wait(DEADLINE_S) == 0
     mark, out = secrets.token_hex(8), tmp_path / "ray"
