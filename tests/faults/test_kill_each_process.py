@@ -130,13 +130,18 @@ def taken_up(world: World, run_id: str, site: str) -> None:
     world.wait(look, f"{site} in round {KILL_IN}")
 
 
-def test_a_killed_node_of_a_hospital_changes_no_bit(world: World, unbroken: Unbroken) -> None:
-    run_id = world.begin("tumours", base_version=0, **SPEC)
+def kill_node_in_round(world: World, run_id: str) -> None:
+    """Kill a hospital's node while its trainer has the round, and start it anew."""
     with world.held_in_round(run_id, KILL_IN, A, other=C) as trainer:
         taken_up(world, run_id, A)
         world.stack.programs[A].kill()
         world.wait(lambda: not is_alive(trainer), "the end of the trainer without its node")
         world.connect(A)
+
+
+def test_a_killed_node_of_a_hospital_changes_no_bit(world: World, unbroken: Unbroken) -> None:
+    run_id = world.begin("tumours", base_version=0, **SPEC)
+    kill_node_in_round(world, run_id)
     require_same_bits(world, run_id, unbroken)
 
 
@@ -148,11 +153,7 @@ def test_layers_that_a_hospital_keeps_to_itself_outlive_a_kill_and_are_used(worl
     unbroken = world.begin("normalised", base_version=0, **spec)
     version = world.completed(unbroken)
     run_id = world.begin("normalised", base_version=0, **spec)
-    with world.held_in_round(run_id, KILL_IN, A, other=C) as trainer:
-        taken_up(world, run_id, A)
-        world.stack.programs[A].kill()
-        world.wait(lambda: not is_alive(trainer), "the end of the trainer without its node")
-        world.connect(A)
+    kill_node_in_round(world, run_id)
     again = world.completed(run_id)
     assert (again.digest, again.metrics) == (version.digest, version.metrics)
     own = {site: own_layers(world, site, run_id) for site in SITES}

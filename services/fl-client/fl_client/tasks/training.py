@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -238,9 +239,9 @@ class ClassifierWorkspace(InOneGo):
         """One round of local training that somebody else steps through."""
         return Job(self, weights, plan)
 
-    @property
+    @cached_property
     def own_layers(self) -> frozenset[str]:
-        """The names of the tensors of all batch normalisation; see `base.Personal`."""
+        """The names of the tensors of all batch normalisation; see `base.Personal`. Found once: it takes a model."""
         return batch_normalisation(self.model.build(seed=0))
 
     def require_together(self, mu: float) -> None:
