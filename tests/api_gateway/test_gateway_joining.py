@@ -8,6 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from gateway_world import World, join_body, running_gateway
 
+from medhive import __version__
 from medhive.errors import (
     BadSignature,
     ClockSkew,
@@ -23,6 +24,7 @@ from medhive.errors import (
     TooManyAttempts,
 )
 from medhive.signing import SigningKey, sign
+from medhive.version import OLDEST_PROTOCOL, PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER
 from medhive.wire import API, Join, LeaveBody, SiteTokenProof
 
 JSON = {"Content-Type": "application/json"}
@@ -120,20 +122,51 @@ def test_a_second_site_of_the_same_name_is_refused(applicant: Applicant) -> None
         applicant.world.invite(applicant.site)
 
 
-@pytest.mark.parametrize(("protocol", "side"), [(2, "upgrade the coordinator"), (0, "upgrade the hospital")])
+@pytest.mark.parametrize(
+    ("protocol", "side"), [(PROTOCOL + 1, "upgrade the coordinator"), (OLDEST_PROTOCOL - 1, "upgrade the hospital")]
+)
 def test_another_protocol_says_which_side_to_upgrade(applicant: Applicant, protocol: int, side: str) -> None:
-    with pytest.raises(IncompatibleVersion, match=side):
+    with pytest.raises(IncompatibleVersion, match=rf"\(MedHive {__version__}\) speaks protocol {protocol}.*{side}"):
         applicant.send(applicant.body().model_copy(update={"protocol": protocol}))
 
 
 def test_the_header_says_the_version_too(world: World) -> None:
+    newer = {PROTOCOL_HEADER: str(PROTOCOL + 1)}
     with world.gateway.http() as http:
-        answer = http.get("/coordinator", headers={"MedHive-Protocol": "2"})
+        answer = http.get("/studies", headers=newer)
         assert answer.status_code == 426 and "upgrade the coordinator" in answer.json()["detail"]
-        assert http.get("/coordinator", headers={"MedHive-Protocol": "one"}).status_code == 422
-        del http.headers["MedHive-Protocol"]
+        assert http.get("/studies", headers={PROTOCOL_HEADER: "one"}).status_code == 422
+        root = world.gateway.url
+        assert http.get(f"{root}/download", headers=newer).status_code == 426
+        assert http.post(f"{root}/upload", headers=newer).status_code == 426
+        # Whoever does not fit still learns from it which side to upgrade, in words of its own.
+        assert http.get("/coordinator", headers=newer).json()["protocol"] == PROTOCOL
+        del http.headers[PROTOCOL_HEADER]
         assert http.get("/coordinator").status_code == 200
         assert http.post("/login", json={}).status_code == 422
+        assert http.post(f"{root}/upload").status_code == 422, "of other programs, which have no version"
+
+
+def test_the_version_that_a_hospital_has_now_is_known_to_admins_and_to_the_aggregator(world: World) -> None:
+    hospital = world.hospital()
+
+    def known() -> tuple[Any, ...]:
+        site = world.admin.get(f"{API}/sites/{hospital.site}")
+        with world.gateway.client(world.gateway.server_token) as server:
+            node = next(row for row in server.get(f"{API}/server/nodes") if row["site"] == hospital.site)
+        assert (site["software"], site["protocol"]) == (node["software"], node["protocol"])
+        return site["software"], site["protocol"]
+
+    assert known() == (__version__, PROTOCOL)
+    hospital.http.get("/studies", headers={SOFTWARE_HEADER: "0.0.9"})
+    assert known() == ("0.0.9", PROTOCOL), "at once: another version is no matter of how lately it was seen"
+    refused = hospital.http.get(
+        "/studies", headers={PROTOCOL_HEADER: str(OLDEST_PROTOCOL - 1), SOFTWARE_HEADER: "0.0.8"}
+    )
+    assert refused.status_code == 426
+    assert f"the caller (MedHive 0.0.8) speaks protocol {OLDEST_PROTOCOL - 1}" in refused.json()["detail"]
+    hospital.client.get(f"{API}/studies")
+    assert known() == (__version__, PROTOCOL)
 
 
 def test_both_keys_must_sign(applicant: Applicant) -> None:

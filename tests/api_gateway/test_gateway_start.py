@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from gateway_world import GatewayProcess, World, running_gateway, until
@@ -193,6 +194,22 @@ def test_migrations_make_what_the_models_say(database: Database) -> None:
         connection.commit()
     with pytest.raises(IncompatibleVersion, match="9999"):
         migrate.upgrade(database)
+    database.close()
+
+
+def test_hospitals_of_an_older_database_speak_the_protocol_of_its_time(database: Database) -> None:
+    insert = (
+        "INSERT INTO sites (name, state, created_at, joined_at, node_online, evaluates_only) "
+        "VALUES (:name, 'x', '2026-01-01', :joined, :no, :no)"
+    )
+    with database.engine.execution_options(**{WRITES: True}).connect() as connection, connection.begin():
+        command.upgrade(migrate.config(connection), "0003")
+        for name, joined in {"joined": "2026-01-02", "invited": None}.items():
+            connection.execute(text(insert), {"name": name, "joined": joined, "no": False})
+    migrate.upgrade(database)
+    with database.engine.connect() as connection:
+        found = connection.execute(text("SELECT name, protocol FROM sites ORDER BY name")).all()
+    assert [tuple(row) for row in found] == [("invited", None), ("joined", 1)]
     database.close()
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from medhive import client, errors
 from medhive.client import KNOWN_ERRORS, GatewayClient, RemoteError, Trust, introduce
-from medhive.errors import InvalidInput, MedHiveError, Unavailable, Unreachable
+from medhive.errors import IncompatibleVersion, InvalidInput, MedHiveError, Unavailable, Unreachable
 from medhive.signing import SigningKey, sign
+from medhive.version import OLDEST_PROTOCOL, PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER
 from medhive.wire import API, AddressTrust, CoordinatorAnswer, IntroductionBody
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
@@ -127,3 +128,21 @@ def test_the_client_knows_every_error_of_the_core() -> None:
     named = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, MedHiveError)}
     assert set(KNOWN_ERRORS.values()) == named
     assert len({kind.code for kind in named}) == len(named)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "side"), [(PROTOCOL + 1, "this program"), (OLDEST_PROTOCOL - 1, "the coordinator")]
+)
+def test_a_coordinator_of_another_version_is_named_with_it_whatever_its_own_words(
+    address: Address, protocol: int, side: str
+) -> None:
+    address.status, address.body = 426, b'{"type": "urn:medhive:incompatible-version", "detail": "in its own words"}'
+    address.headers = {PROTOCOL_HEADER: str(protocol), SOFTWARE_HEADER: "9.8.7"}
+    with GatewayClient(address.url, Trust()) as gateway:
+        with pytest.raises(
+            IncompatibleVersion, match=rf"\(MedHive 9\.8\.7\) speaks protocol {protocol}.*upgrade {side}"
+        ):
+            gateway.get(f"{API}/studies")
+        address.headers = {}
+        with pytest.raises(IncompatibleVersion, match="in its own words"):
+            gateway.get(f"{API}/studies")

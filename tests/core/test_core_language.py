@@ -16,11 +16,11 @@ from medhive.envelope import (
     from_bytes,
     to_bytes,
 )
-from medhive.errors import BadSignature, IllegalTransition, IncompatibleVersion, InvalidInput, TooLarge
+from medhive.errors import BadSignature, IllegalTransition, InvalidInput, TooLarge
 from medhive.signing import SigningKey, sign
 from medhive.spec import Privacy, RunSpec, StudyData, TableFormat, build_options
 from medhive.states import RUN_TRANSITIONS, RunState, require_transition
-from medhive.version import require_compatible
+from medhive.version import PROTOCOL
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 DATA = StudyData(classes=("glioma", "notumor"))
@@ -89,7 +89,7 @@ def test_study_data_must_make_sense() -> None:
 
 def task(**changes: object) -> TaskBody:
     values: dict[str, object] = {
-        "protocol": 1, "type": "train", "run_id": "RUN_1", "study": "brain", "site": "a", "round": 1, "rounds": 3,
+        "protocol": PROTOCOL, "type": "train", "run_id": "RUN_1", "study": "brain", "site": "a", "round": 1, "rounds": 3,
         "spec_hash": "a" * 64, "base_digest": "b" * 64, "deadline_s": 60, "issued_at": NOW, "nonce": "0" * 32,
     }  # fmt: skip
     return TaskBody.model_validate({**values, **changes})
@@ -97,7 +97,7 @@ def task(**changes: object) -> TaskBody:
 
 def contribution(**changes: object) -> ContributionBody:
     values: dict[str, object] = {
-        "protocol": 1, "type": "train", "run_id": "RUN_1", "site": "a", "round": 1, "spec_hash": "a" * 64,
+        "protocol": PROTOCOL, "type": "train", "run_id": "RUN_1", "site": "a", "round": 1, "spec_hash": "a" * 64,
         "base_digest": "b" * 64, "content_digest": "d" * 64, "examples": 10, "metrics": {"val_accuracy": 0.5},
         "issued_at": NOW,
     }  # fmt: skip
@@ -135,11 +135,3 @@ def test_garbage_and_giants_are_refused() -> None:
 def test_metrics_must_be_finite() -> None:
     with pytest.raises(ValueError, match="finite"):
         contribution(metrics={"loss": float("nan")})
-
-
-def test_version_refusal_says_which_side_to_upgrade() -> None:
-    require_compatible(1, "the coordinator", "the hospital")
-    with pytest.raises(IncompatibleVersion, match="upgrade the coordinator"):
-        require_compatible(2, "the coordinator", "the hospital")
-    with pytest.raises(IncompatibleVersion, match="upgrade the hospital"):
-        require_compatible(0, "the coordinator", "the hospital")

@@ -6,10 +6,11 @@ import pytest
 
 from medhive.follow import RunFollower, Source
 from medhive.spec import RunOptions, RunSpec, StudyData
-from medhive.states import RoundState, RunState
+from medhive.states import RoundState, RunState, SiteState
 from medhive.terminal import Terminal
-from medhive.views import round_line, rounds_table, runs_table
-from medhive.wire import RoundAnswer, RunAnswer, SiteRound
+from medhive.version import OLDEST_PROTOCOL, PROTOCOL
+from medhive.views import round_line, rounds_table, runs_table, software_text
+from medhive.wire import RoundAnswer, RunAnswer, SiteAnswer, SiteRound
 
 AT = datetime(2026, 11, 1, tzinfo=UTC)
 SITES = (SiteRound(site="a", answered=True), SiteRound(site="b", answered=True), SiteRound(site="c", dropped="late"))
@@ -74,3 +75,16 @@ def test_the_last_line_says_how_good_the_version_is() -> None:
 def test_runs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     runs_table(Terminal(), [a_run()])
     assert "RUN_1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("protocol", "said"),
+    [
+        (None, "0.0.9"),
+        (PROTOCOL, "0.0.9"),
+        (OLDEST_PROTOCOL - 1, f"0.0.9, protocol {OLDEST_PROTOCOL - 1}, not {PROTOCOL}: upgrade the hospital"),
+        (PROTOCOL + 1, f"0.0.9, protocol {PROTOCOL + 1}, not {PROTOCOL}: upgrade the coordinator"),
+    ],
+)
+def test_a_hospital_whose_version_does_not_fit_stands_out(protocol: int | None, said: str) -> None:
+    assert software_text(SiteAnswer(name="north", state=SiteState.ACTIVE, software="0.0.9", protocol=protocol)) == said

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Self
@@ -41,11 +41,13 @@ from fl_client.limits import Limits
 from fl_client.node import _item_of
 from fl_client.site import AlreadyRunning, Site
 from fl_client.trainer import Trainer
+from medhive import __version__
 from medhive.envelope import Task, TaskType, check_contribution_envelope, to_bytes
 from medhive.errors import InvalidInput
 from medhive.packing import read_weights, write_weights
 from medhive.signing import SigningKey
 from medhive.states import Activity
+from medhive.version import OLDEST_PROTOCOL, PROTOCOL
 from medhive.wire import API, RunAnswer
 
 MONTH = timedelta(days=30)
@@ -377,6 +379,35 @@ def test_what_is_not_the_coordinators_is_refused(scene: Scene, ready: tuple[RunA
     assert huge.reason_code == "too-large"
     assert {item.outcome for item in (forged, changed, foreign, spec, newer, huge)} == {"refused"}
     assert len(node.all(TaskRefused)) == 6
+
+
+def test_a_task_of_another_version_is_refused_at_once_though_it_cannot_be_read(
+    scene: Scene, ready: tuple[RunAnswer, str]
+) -> None:
+    run, digest = ready
+    task = json.loads(to_bytes(scene.train(run, digest)))
+    later = {**task, "body": {**task["body"], "protocol": PROTOCOL + 1, "invented": "later"}}
+    with scene.node() as node:
+        answer = node.answer(node.send(json.dumps(later).encode())).body
+    assert (answer.outcome, answer.reason_code, answer.round) == ("refused", "incompatible-version", 1)
+    assert f"MedHive {__version__}, protocol {PROTOCOL}" in answer.reason
+    assert "upgrade this hospital" in node.all(TaskRefused)[0].message
+
+
+def test_an_answer_from_before_an_upgrade_is_made_again(scene: Scene, ready: tuple[RunAnswer, str]) -> None:
+    run, digest = ready
+    task = scene.train(run, digest)
+    with scene.node() as node:
+        first = node.ask(task)
+        kept = scene.site.store.reply(run.id, "train", 1, digest)
+        assert kept is not None
+        old = kept.payload.replace(f'"protocol":{PROTOCOL}'.encode(), f'"protocol":{OLDEST_PROTOCOL - 1}'.encode())
+        assert old != kept.payload
+        scene.site.store.forget_reply(run.id, "train", 1, digest)
+        scene.site.store.keep_reply(replace(kept, payload=old))
+        again = node.ask(task)
+    assert again.protocol == PROTOCOL
+    assert again.content_digest == first.content_digest, "the same training, bit for bit"
 
 
 def test_a_test_set_is_judged_as_a_whole_and_nothing_else_is_done_with_it(scene: Scene, tmp_path: Path) -> None:

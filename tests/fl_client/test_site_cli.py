@@ -14,13 +14,18 @@ from command_world import STUDY, CommandWorld, Typist, value_of
 from old_files import old_leftover
 from stack import free_port
 
+from fl_client.__main__ import program
+from fl_client.cli import membership
 from fl_client.consents import DataCheck
 from fl_client.queues import grant_queue
 from fl_client.settings import Settings
 from fl_client.site import Site
 from fl_client.tasks.base import load_task
 from fl_client.tasks.phantoms import CLASSES
+from medhive import __version__, client, version
 from medhive.packing import write_weights
+from medhive.terminal import main as run_program
+from medhive.version import OLDEST_PROTOCOL, PROTOCOL
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +243,27 @@ def test_without_the_coordinator_what_lies_here_is_shown(world: CommandWorld) ->
     assert "not connected: https://localhost:1 does not answer" in status
     world.stack.run(["medhive-site", "history"], env)
     world.stack.run(["medhive-site", "models"], env)
+
+
+def test_status_says_which_side_to_upgrade(
+    world: CommandWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This process plays the hospital of an older version; the gateway is of this one."""
+    for name, value in world.stack.site_env("north").items():
+        monkeypatch.setenv(name, value)
+    now, older = PROTOCOL, OLDEST_PROTOCOL - 1
+    for module, names in {
+        client: ["PROTOCOL"],
+        membership: ["PROTOCOL"],
+        version: ["PROTOCOL", "OLDEST_PROTOCOL"],
+    }.items():
+        for name in names:
+            monkeypatch.setattr(module, name, older)
+    assert run_program(program, ["status"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"not connected: the coordinator (MedHive {__version__}) speaks protocol {now}" in said
+    assert f"(MedHive {__version__}) {older}: upgrade this hospital, the coordinator is newer" in said
+    assert f"software MedHive {__version__}, protocol {older}" in said
 
 
 def test_status_says_how_full_the_queues_are_and_that_the_first_address_is_left(world: CommandWorld) -> None:

@@ -12,13 +12,14 @@ from round_world import CLASSES, DEADLINE_S, Crash, DictDesk, DictExchange, Hosp
 
 from fl_server.collect import EVALUATOR_PATIENCE_S, SILENCE_S
 from fl_server.flower import Reply, ReplyError
-from fl_server.gateway import RunOver
+from fl_server.gateway import RunOver, unfit_versions
 from medhive.envelope import ContributionBody, TaskBody, TaskType, to_bytes
 from medhive.packing import read_weights, write_weights
 from medhive.signing import SigningKey, sign
 from medhive.spec import Column, LabelColumn, StudyData, TableFormat
 from medhive.states import Activity, RoundState, RunState
-from medhive.wire import RunEnd
+from medhive.version import OLDEST_PROTOCOL, PROTOCOL
+from medhive.wire import NodeAnswer, RunEnd
 
 TRAIN, EVALUATE, INITIALISE, STATISTICS = TaskType.TRAIN, TaskType.EVALUATE, TaskType.INITIALISE, TaskType.STATISTICS
 
@@ -362,6 +363,29 @@ def test_a_site_revoked_within_a_round_is_dropped_at_once_and_not_asked_again(tm
     assert "revoked" in world.dropped(2)["b"]
     assert world.desk.reported[2].seconds < 5
     assert world.asked(TRAIN, 3) == ["a", "c"]
+
+
+def test_a_site_whose_version_does_not_fit_is_not_asked_to_train_and_is_named(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.desk.unfit = unfit_versions(
+        NodeAnswer(site=name, node_public_key="", wanted=True, software="0.0.9", protocol=protocol)
+        for name, protocol in {"a": PROTOCOL, "b": OLDEST_PROTOCOL - 1}.items()
+    )
+    assert world.run().state == RunState.COMPLETED
+    assert world.sites["b"].trained == []
+    assert "(MedHive 0.0.9) speaks protocol" in world.dropped(1)["b"]
+    assert "upgrade the hospital" in world.dropped(1)["b"]
+
+
+def test_answers_of_another_version_end_the_wait_and_say_so(tmp_path: Path) -> None:
+    def older(hospital: Hospital, _: TaskBody, body: ContributionBody) -> bytes:
+        return to_bytes(sign(body.model_copy(update={"protocol": OLDEST_PROTOCOL - 1}), hospital.key))
+
+    world = World(tmp_path)
+    world.sites["b"].changes[TRAIN, 1] = older
+    assert world.run().state == RunState.COMPLETED
+    assert f"speaks protocol {OLDEST_PROTOCOL - 1}" in world.dropped(1)["b"]
+    assert "incompatible-version" in {code for _, code in refused(world, 1)}
 
 
 def test_a_node_that_has_never_connected_is_asked_once_it_has(tmp_path: Path) -> None:

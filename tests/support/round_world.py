@@ -205,6 +205,7 @@ class DictDesk:
         self.hospitals: list[Hospital] = []
         self.revoked: set[str] = set()
         self.offline: set[str] = set()
+        self.unfit: dict[str, str] = {}
         self.on_look: Callable[[DictDesk], None] = lambda _: None
         self.run = RunAnswer(
             id=run_id,
@@ -281,6 +282,9 @@ class DictDesk:
 
     def nodes(self) -> Mapping[str, int]:
         return {item.name: item.node_id for item in self.hospitals if item.name not in self.revoked}
+
+    def outdated(self) -> Mapping[str, str]:
+        return dict(self.unfit)
 
     def online(self) -> frozenset[str]:
         return frozenset(self.nodes()) - self.offline

@@ -20,17 +20,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api_gateway.errors import problem_of
 from api_gateway.patience import Arrival, Pace
 from api_gateway.runs import MAX_NUMBER
-from api_gateway.work import Call, Gateway
+from api_gateway.work import Call, Gateway, Spoken
 from medhive import __version__
 from medhive.errors import InvalidInput, MedHiveError, TooLarge, TooSlow
 from medhive.queues import UPLOAD
 from medhive.spec import Digest
-from medhive.version import PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER, require_compatible
+from medhive.version import MAX_SOFTWARE, PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER, is_number, require_compatible
 from medhive.wire import API
 
 MAX_JSON_BYTES = 1024 * 1024  # the largest body, a round's report of hundreds of sites, is a fraction of it
 MAX_JSON_DEPTH = 60
 READING = ("GET", "HEAD", "OPTIONS")
+INTRODUCTION = f"{API}/coordinator"
+"""Answered to every version: it says which ones are understood, and each side's own words name the side to upgrade."""
+AT_THE_ROOT = (UPLOAD, "/download")
+"""Of the queue; other programs may call them too, and say no version."""
 # Ids are written as people read them; 12 digits stay within every integer on the way.
 RequestId = Annotated[str, Path(pattern=r"^REQ_[1-9][0-9]{0,11}$")]
 RunId = Annotated[str, Path(pattern=r"^RUN_[1-9][0-9]{0,11}$")]
@@ -60,7 +64,19 @@ def call_of(request: Request) -> Call:
     gateway = gateway_of(request)
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else None
-    return Call(gateway, bearer, source_of(request, gateway), request.headers.get("Host", ""))
+    return Call(
+        gateway, bearer, source_of(request, gateway), request.headers.get("Host", ""), spoken_of(request.headers)
+    )
+
+
+def spoken_of(headers: Headers) -> Spoken | None:
+    """What the caller says of its version; None where it does not."""
+    protocol = headers.get(PROTOCOL_HEADER, "")
+    return Spoken(_software(headers), int(protocol)) if is_number(protocol) else None
+
+
+def _software(headers: Headers) -> str:
+    return "".join(filter(str.isprintable, headers.get(SOFTWARE_HEADER, "")))[:MAX_SOFTWARE]
 
 
 def source_of(request: Request, gateway: Gateway) -> str:
@@ -196,20 +212,20 @@ class Frame:
 
 
 def require_version(method: str, path: str, headers: Headers) -> None:
-    """Refuse a peer whose protocol does not fit; only a browser, which reads, may say nothing.
+    """Refuse a peer whose protocol does not fit; only who reads, or calls what is open to other programs, may say nothing.
 
     Raises:
         IncompatibleVersion: the text says which side to upgrade.
         InvalidInput: the header is missing or no number.
     """
-    if not path.startswith(API):
+    if path == INTRODUCTION or not path.startswith((API, *AT_THE_ROOT)):
         return
     text = headers.get(PROTOCOL_HEADER)
-    if text is None and method in READING:
+    if text is None and (method in READING or path in AT_THE_ROOT):
         return
-    if text is None or not text.isascii() or not text.isdigit() or len(text) > 9:
+    if text is None or not is_number(text):
         raise InvalidInput(f"Send the header {PROTOCOL_HEADER}: {PROTOCOL}, the version of the exchange.")
-    require_compatible(int(text), "the coordinator", "the caller")
+    require_compatible(int(text), "the coordinator", "the caller", _software(headers))
 
 
 class _Exchange:

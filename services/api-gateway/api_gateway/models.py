@@ -75,6 +75,7 @@ class Site(Base):
     last_seen_at: Mapped[datetime | None] = mapped_column(UtcTime)
     source_address: Mapped[str | None] = mapped_column(Text)
     software: Mapped[str | None] = mapped_column(Text)
+    protocol: Mapped[int | None] = mapped_column()
     node_public_key: Mapped[str | None] = mapped_column(Text)
     consent_public_key: Mapped[str | None] = mapped_column(Text)
     consent_key_id: Mapped[str | None] = mapped_column(Text)

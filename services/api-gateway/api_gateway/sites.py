@@ -192,7 +192,7 @@ def _refused(call: Call, body: Join, error: MedHiveError, keys: tuple[tuple[str,
 
 
 def _admit(work: Work, body: Join) -> JoinAnswer:
-    require_compatible(body.protocol, "the coordinator", "the hospital")
+    require_compatible(body.protocol, "the coordinator", "the hospital", body.software)
     proof = body.proof.body
     invitation = _invitation(work, body)
     key = VerifyKey.from_text(proof.consent_public_key)
@@ -275,7 +275,7 @@ def _enter(work: Work, site: Site, invitation: Invite, body: Join, key: VerifyKe
     require_transition(SITE_TRANSITIONS, SiteState(site.state), SiteState.ACTIVE, f"site {site.name}")
     site.state = SiteState.ACTIVE
     site.joined_at = site.last_seen_at = work.now
-    site.source_address, site.software = work.source, body.software
+    site.source_address, site.software, site.protocol = work.source, body.software, body.protocol
     site.node_public_key, site.consent_public_key = body.proof.body.node_public_key, key.text
     site.consent_key_id = key.key_id
     invitation.used_at = work.now
@@ -377,6 +377,7 @@ def to_answer(work: Work, site: Site) -> SiteAnswer:
         last_seen_at=site.last_seen_at,
         node_online=site.node_online,
         software=site.software,
+        protocol=site.protocol,
         source_address=site.source_address if work.caller.is_admin else None,
         consent_key_id=site.consent_key_id,
         consent_public_key=site.consent_public_key,
@@ -397,6 +398,8 @@ def nodes(work: Work) -> list[NodeAnswer]:
             wanted=site.state == SiteState.ACTIVE,
             node_id=site.node_id,
             online=site.node_online,
+            software=site.software,
+            protocol=site.protocol,
         )
         for site in work.session.scalars(query)
     ]

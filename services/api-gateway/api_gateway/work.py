@@ -9,7 +9,7 @@ import hmac
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -276,13 +276,22 @@ def transition(session: Session, column: InstrumentedAttribute[str], row: Base, 
 
 
 @dataclass(frozen=True)
+class Spoken:
+    """What a caller says of its own version: its MedHive, and the number of its protocol."""
+
+    software: str
+    protocol: int
+
+
+@dataclass(frozen=True)
 class Call:
-    """One exchange: the gateway, the bearer token as sent, and where it comes from."""
+    """One exchange: the gateway, the bearer token as sent, where it comes from, and what version the caller says it has."""
 
     gateway: Gateway
     token: str | None
     source: str
     host: str = ""
+    spoken: Spoken | None = None
 
     @contextmanager
     def read(self, *roles: Role) -> Iterator[Work]:
@@ -330,11 +339,11 @@ class Call:
         with self.gateway.database.read() as session:
             site = session.get(Site, caller.site)
             fresh = site and site.last_seen_at and site.last_seen_at > now - SEEN_EVERY
-            if site is None or (fresh and site.source_address == self.source):
+            values = {"source_address": self.source, **(asdict(self.spoken) if self.spoken else {})}
+            if site is None or (fresh and all(getattr(site, name) == value for name, value in values.items())):
                 return
         with self.gateway.database.touch() as session:
-            values = {"last_seen_at": now, "source_address": self.source}
-            session.execute(update(Site).where(Site.name == caller.site).values(values))
+            session.execute(update(Site).where(Site.name == caller.site).values(last_seen_at=now, **values))
 
 
 def token_hash(token: str) -> str:

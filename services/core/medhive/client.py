@@ -20,9 +20,26 @@ import httpx
 from pydantic import ValidationError
 
 from medhive import __version__, errors
-from medhive.errors import Conflict, DigestMismatch, InvalidInput, MedHiveError, TooLarge, Unavailable, Unreachable
+from medhive.errors import (
+    Conflict,
+    DigestMismatch,
+    IncompatibleVersion,
+    InvalidInput,
+    MedHiveError,
+    TooLarge,
+    Unavailable,
+    Unreachable,
+)
 from medhive.sealing import SEAL_HEADER, WANTED, SiteSealing, plain_length
-from medhive.version import PROBLEM_HEADER, PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER
+from medhive.version import (
+    MAX_SOFTWARE,
+    PROBLEM_HEADER,
+    PROTOCOL,
+    PROTOCOL_HEADER,
+    SOFTWARE_HEADER,
+    is_number,
+    require_compatible,
+)
 from medhive.wire import API, CoordinatorAnswer
 
 CHUNK_BYTES: Final = 4 * 1024 * 1024  # one PUT's part: small enough to resume, large enough to run at line speed
@@ -405,6 +422,18 @@ def _json_answer(answer: httpx.Response) -> Any:
         ) from error
 
 
+def _require_version_of(answer: httpx.Response) -> None:
+    """Say which side to upgrade from here, where both versions are known, whatever the other side's words are.
+
+    Raises:
+        IncompatibleVersion: the server's protocol does not fit.
+    """
+    protocol = answer.headers.get(PROTOCOL_HEADER, "")
+    if is_number(protocol):
+        software = answer.headers.get(SOFTWARE_HEADER, "")[:MAX_SOFTWARE]
+        require_compatible(int(protocol), "this program", "the coordinator", software)
+
+
 def _raise_problem(answer: httpx.Response) -> None:
     try:
         problem = answer.json()
@@ -415,6 +444,8 @@ def _raise_problem(answer: httpx.Response) -> None:
         unnamed = Unavailable.code if answer.status_code in PROXYS_OWN else RemoteError.code
         code, data = answer.headers.get(PROBLEM_HEADER, unnamed), {}  # the answer to a HEAD has no body
         detail = f"The server answered {answer.status_code} to {answer.request.method} {answer.request.url.path}."
+    if code == IncompatibleVersion.code:
+        _require_version_of(answer)
     kind = KNOWN_ERRORS.get(code, RemoteError)
     error = kind(detail)
     error.data.update(data if isinstance(data, dict) else {}, status=answer.status_code)

@@ -5,14 +5,16 @@ envelope says who asks whom for what, names the weights by their SHA-256, and ca
 vouches for it; the bytes themselves come from the blob store.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import ClassVar, Literal, TypeVar
 
-from pydantic import AwareDatetime, Field, FiniteFloat, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from medhive.errors import BadSignature, InvalidInput, TooLarge
 from medhive.signing import Signed, SignedBody, VerifyKey
 from medhive.spec import Digest, Name, explain
+from medhive.version import require_compatible
 
 # Metrics of a thousand classes fit; a picture in disguise does not.
 MAX_ENVELOPE_BYTES = 256 * 1024
@@ -77,8 +79,24 @@ class ContributionBody(SignedBody):
     issued_at: AwareDatetime
 
 
+class TaskHead(BaseModel):
+    """What a task says in every version of the exchange: enough to answer that it cannot be read."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    type: TaskType
+    run_id: Name
+    round: int = Field(ge=0)
+    spec_hash: Digest
+    base_digest: Digest | Literal[""] = ""
+
+
 Task = Signed[TaskBody]
 Contribution = Signed[ContributionBody]
+PEER: Mapping[type, tuple[str, str]] = {
+    Task: ("this hospital", "the coordinator"),
+    Contribution: ("the coordinator", "the hospital"),
+}
+"""Who reads an envelope, and who made it."""
 Envelope = TypeVar("Envelope", Task, Contribution)
 
 
@@ -98,9 +116,40 @@ def from_bytes(kind: type[Envelope], raw: bytes) -> Envelope:
 
     Raises:
         TooLarge: it is above `MAX_ENVELOPE_BYTES`.
+        IncompatibleVersion: whoever made it speaks another protocol; the text says which side to upgrade.
         InvalidInput: it is no such envelope.
     """
     _limit(len(raw))
+    # Before the rest, which may have fields that this version does not know.
+    require_compatible(_outline(_OfAny, raw).body.protocol, *PEER[kind])
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise InvalidInput(f"The envelope cannot be read: {explain(error)}.") from error
+
+
+def head_of(raw: bytes) -> TaskHead:
+    """What can be read of a task that another version made; nothing of it is verified. Raises `InvalidInput`."""
+    return _outline(_OfTask, raw).body
+
+
+class _Spoken(BaseModel):
+    protocol: int
+
+
+class _OfAny(BaseModel):
+    body: _Spoken
+
+
+class _OfTask(BaseModel):
+    body: TaskHead
+
+
+Outline = TypeVar("Outline", _OfAny, _OfTask)
+
+
+def _outline(kind: type[Outline], raw: bytes) -> Outline:
+    """The known fields of an envelope, whatever else is in it."""
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:

@@ -9,6 +9,7 @@ from typing import Final
 
 from medhive.states import ConsentState, RunState
 from medhive.terminal import Terminal, duration, moment, share, size
+from medhive.version import PROTOCOL, understood
 from medhive.wire import (
     Comparison,
     RequestAnswer,
@@ -348,13 +349,21 @@ def sites_table(terminal: Terminal, sites: Iterable[SiteAnswer]) -> None:
                 ", ".join(item.studies),
                 moment(item.joined_at),
                 moment(item.last_seen_at),
-                item.software,
+                software_text(item),
                 item.source_address,
             ]
             for item in sites
         ],
         empty="no sites; make an invite with: medhive-admin invite SITE",
     )
+
+
+def software_text(site: SiteAnswer) -> str | None:
+    """A hospital's version, and whether it is one that the coordinator works with."""
+    if site.protocol is None or understood(site.protocol):
+        return site.software
+    side = "the hospital" if site.protocol < PROTOCOL else "the coordinator"
+    return f"{site.software}, protocol {site.protocol}, not {PROTOCOL}: upgrade {side}"
 
 
 def studies_table(terminal: Terminal, studies: Iterable[StudyAnswer]) -> None:

@@ -225,6 +225,7 @@ class SiteAnswer(Answer):
     last_seen_at: AwareDatetime | None = None
     node_online: bool = False
     software: str | None = None
+    protocol: int | None = None
     source_address: str | None = None
     consent_key_id: str | None = None
     consent_public_key: str | None = None
@@ -427,6 +428,8 @@ class NodeAnswer(Answer):
     wanted: bool
     node_id: str | None = None
     online: bool = False
+    software: str | None = None
+    protocol: int | None = None
 
 
 class NodeReport(Frozen):

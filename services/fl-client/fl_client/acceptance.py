@@ -14,11 +14,12 @@ from typing import Literal
 from fl_client.consents import valid_consent
 from fl_client.site import Site
 from fl_client.store import GivenConsent
+from medhive import __version__
 from medhive.consent import covers_round
-from medhive.envelope import Contribution, ContributionBody, Task, TaskBody, TaskType
+from medhive.envelope import Contribution, ContributionBody, Task, TaskBody, TaskHead, TaskType
 from medhive.errors import BadSignature, Conflict, Expired, InvalidInput, MedHiveError, NotAllowed, TooLarge
 from medhive.signing import sign
-from medhive.version import PROTOCOL, require_compatible
+from medhive.version import PROTOCOL
 
 # The gateway's own limit of a blob; a task that names more is a mistake or an attempt to fill the disk.
 MAX_MODEL_BYTES = 2 * 1024**3
@@ -35,7 +36,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "invalid-input": "The task does not fit the run that the site consented to.",
         "round-passed": "The site has gone on to a later round of this run.",
         "already-trained": "The site has trained this round from other weights already.",
-        "incompatible-version": "The versions of the two sides do not fit.",
+        "incompatible-version": f"The versions do not fit; the site has MedHive {__version__}, protocol {PROTOCOL}.",
         "too-large": "The weights are larger than the site takes.",
         "data-changed": "The site's data were changed since they were consented to.",
         "data-folder-missing": "The site's data folder is missing.",
@@ -106,10 +107,8 @@ def check_task(site: Site, task: Task, now: datetime) -> Order:
         EvaluatesOnly: it is more than an evaluation, at a site that does nothing else.
         InvalidInput, TooLarge: it does not fit the run.
         RoundPassed, AlreadyTrained: its round lies behind.
-        IncompatibleVersion: the sides do not understand each other.
     """
     body = task.verify(site.identity.task_key(task.key_id, now))
-    require_compatible(body.protocol, "this hospital", "the coordinator")
     if body.site != site.name:
         raise BadSignature(f"The task is for the site {body.site}.", site=body.site)
     consent = valid_consent(site, body.run_id, now)
@@ -147,7 +146,9 @@ def _require_ahead(site: Site, order: Order) -> None:
     raise RoundPassed(f"Round {task.round} of {task.run_id} lies behind; the last was {done}.", round=task.round)
 
 
-def answer_without_update(site: Site, task: TaskBody, outcome: Literal["failed", "refused"], code: str) -> Contribution:
+def answer_without_update(
+    site: Site, task: TaskBody | TaskHead, outcome: Literal["failed", "refused"], code: str
+) -> Contribution:
     """A signed answer that says why there is nothing to add up."""
     body = ContributionBody(
         protocol=PROTOCOL,

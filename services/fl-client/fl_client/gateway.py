@@ -344,7 +344,7 @@ class Gateway:
             return _read(CoordinatorAnswer, client.get(f"{API}/coordinator", nonce=nonce)), nonce
 
         answer, nonce = self._each(ask)
-        require_compatible(answer.protocol, "this hospital", "the coordinator")
+        require_compatible(answer.protocol, "this hospital", "the coordinator", answer.version)
         self.set_server_time(answer.time)
         return answer, nonce
 

@@ -435,7 +435,7 @@ def _found(addresses: tuple[str, ...], pinned: VerifyKey) -> tuple[str, Introduc
 def _introduced_at(address: str, pinned: VerifyKey) -> Introduced:
     nonce = new_nonce(address)
     answer = introduce(address, nonce)
-    require_compatible(answer.protocol, "this hospital", "the coordinator")
+    require_compatible(answer.protocol, "this hospital", "the coordinator", answer.version)
     return checked(answer, pinned, nonce)
 
 

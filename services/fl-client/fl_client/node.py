@@ -43,8 +43,8 @@ from fl_client.site import Site, only_node
 from fl_client.store import InboxItem
 from fl_client.trainer import Trainer
 from fl_client.watch import Watch, Watched
-from medhive.envelope import Task, from_bytes, to_bytes
-from medhive.errors import ClockSkew, MedHiveError, NotFound, Unreachable
+from medhive.envelope import Task, TaskBody, TaskHead, from_bytes, head_of, to_bytes
+from medhive.errors import ClockSkew, IncompatibleVersion, MedHiveError, NotFound, Unreachable
 from medhive.follow import Feed
 from medhive.wire import EventAnswer
 
@@ -435,6 +435,9 @@ class Node:
         """Judge a message and put it in work; nothing here takes long."""
         try:
             task = from_bytes(Task, inbound.payload)
+        except IncompatibleVersion as error:
+            self._refuse_unread(inbound, error)
+            return
         except MedHiveError as error:
             log.warning("task.unreadable", reason=error.code)
             self._site.store.forget_inbound(inbound.message_id)
@@ -444,12 +447,22 @@ class Node:
         try:
             order = check_task(self._site, task, self._site.latest_now())
         except MedHiveError as error:
-            self._refuse(inbound, task, error)
+            self._refuse(inbound, task.body, error)
             return
         self._assign(order, inbound)
 
-    def _refuse(self, inbound: Inbound, task: Task, error: MedHiveError) -> None:
-        body = task.body
+    def _refuse_unread(self, inbound: Inbound, error: IncompatibleVersion) -> None:
+        """Say at once, to both sides, that a task of another version cannot be done: nobody waits for a deadline."""
+        try:
+            head = head_of(inbound.payload)
+        except MedHiveError as unreadable:
+            log.warning("task.unreadable", reason=unreadable.code)
+            self._emit(Problem("task", str(error)))
+            self._site.store.forget_inbound(inbound.message_id)
+            return
+        self._refuse(inbound, head, error)
+
+    def _refuse(self, inbound: Inbound, body: TaskBody | TaskHead, error: MedHiveError) -> None:
         log.warning("task.refused", run_id=body.run_id, round=body.round, reason=error.code)
         self._emit(TaskRefused(body.run_id, body.round, error.code, str(error)))
         payload = to_bytes(answer_without_update(self._site, body, "refused", error.code))

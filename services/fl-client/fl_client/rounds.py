@@ -26,7 +26,7 @@ from fl_client.site import Site
 from fl_client.store import Reply
 from fl_client.trainer import Trainer
 from medhive.envelope import Contribution, ContributionBody, TaskType, from_bytes, to_bytes
-from medhive.errors import MedHiveError, NoSpace, Unreachable
+from medhive.errors import IncompatibleVersion, MedHiveError, NoSpace, Unreachable
 from medhive.signing import sign
 from medhive.states import FINAL_RUN_STATES, Activity
 from medhive.version import PROTOCOL
@@ -86,9 +86,7 @@ class Worker:
             Cancelled: this process stops.
         """
         try:
-            kept = self._site.store.reply(*order.key)
-            if kept is None:
-                kept = self._do(order)
+            kept = self._kept(order) or self._do(order)
             self._send_update(order, kept)
         except Cancelled:
             raise
@@ -99,6 +97,18 @@ class Worker:
                 raise
             return self._failure(order, NoSpace("The disk of the state folder is full; free some space."))
         return kept.payload
+
+    def _kept(self, order: Order) -> Reply | None:
+        """The answer that was made before; one from before an upgrade, which nobody can read any more, is made again."""
+        kept = self._site.store.reply(*order.key)
+        try:
+            if kept is not None:
+                from_bytes(Contribution, kept.payload)
+        except IncompatibleVersion:
+            log.info("answer.of-another-version", run_id=order.task.run_id, round=order.task.round)
+            self._site.store.forget_reply(*order.key)
+            return None
+        return kept
 
     def _failure(self, order: Order, error: MedHiveError) -> bytes:
         task, code = order.task, code_of(error)

@@ -367,6 +367,12 @@ class Store:
             except sqlite3.IntegrityError as error:
                 raise Conflict(f"{reply.run_id} has an answer for round {reply.round} already.") from error
 
+    def forget_reply(self, run_id: str, kind: str, round_number: int, base_digest: str) -> None:
+        """Drop the answer to a task, so that it is made again."""
+        query = "DELETE FROM replies WHERE run_id=? AND type=? AND round=? AND base_digest=?"
+        with self._transaction() as db:
+            db.execute(query, (run_id, kind, round_number, base_digest))
+
     def highest_round(self, run_id: str, kind: str) -> int:
         """The highest round of a run that this site has answered; -1 when there is none."""
         query = "SELECT COALESCE(MAX(round), -1) FROM replies WHERE run_id=? AND type=?"

@@ -49,18 +49,25 @@ class Present:
         return Present(tuple(filter(wanted, self.sites)), left_out)
 
 
-def standing(run: RunAnswer, nodes: Mapping[str, int], coordinator_key_ids: Sequence[str], now: datetime) -> Standing:
+def standing(
+    run: RunAnswer,
+    nodes: Mapping[str, int],
+    outdated: Mapping[str, str],
+    coordinator_key_ids: Sequence[str],
+    now: datetime,
+) -> Standing:
     """Sort a run's sites into those that may be asked now and those that may not.
 
     Args:
         run: with its consents, which are checked again here: the gateway's word alone addresses nobody.
         nodes: site to the id of its registered node; a revoked site has none.
+        outdated: sites whose version does not fit, and why: what they trained could not be read.
         coordinator_key_ids: of the keys that a consent may name: the present one, and those that it has followed.
         now: the time to judge validity by.
     """
     members, left_out = [], {}
     for answer in sorted(run.consents, key=lambda item: item.site):
-        found = _member(run, answer, nodes, coordinator_key_ids, now)
+        found = outdated.get(answer.site) or _member(run, answer, nodes, coordinator_key_ids, now)
         if isinstance(found, Member):
             members.append(found)
         else:

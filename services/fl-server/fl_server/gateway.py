@@ -6,7 +6,7 @@ until it is answered, and only the answer that the lease is somebody else's ends
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,10 +14,11 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from medhive.client import GatewayClient
-from medhive.errors import Conflict, IllegalTransition, MedHiveError, NotFound, Unreachable
+from medhive.errors import Conflict, IllegalTransition, IncompatibleVersion, MedHiveError, NotFound, Unreachable
 from medhive.introduction import known_key_ids
 from medhive.signing import VerifyKey
 from medhive.states import RoundState
+from medhive.version import require_compatible
 from medhive.wire import (
     API,
     CoordinatorAnswer,
@@ -130,6 +131,21 @@ class NodeDesk(Desk, Protocol):
     def online(self) -> frozenset[str]:
         """The sites whose node the SuperLink heard of lately. Raises `Unreachable`."""
 
+    def outdated(self) -> Mapping[str, str]:
+        """Why a site cannot be asked: its version of the exchange is not understood here, nor this one there."""
+
+
+def unfit_versions(nodes: Iterable[NodeAnswer]) -> dict[str, str]:
+    """Site to the sentence that names both versions and the side to upgrade, where the protocols do not fit."""
+    unfit: dict[str, str] = {}
+    for node in nodes:
+        try:
+            if node.protocol is not None:
+                require_compatible(node.protocol, "the coordinator", "the hospital", node.software or "")
+        except IncompatibleVersion as error:
+            unfit[node.site] = f"its version does not fit: {error}"
+    return unfit
+
 
 class GatewayDesk:
     """The real desk, over HTTP. Its transfers may be called from several threads."""
@@ -171,6 +187,9 @@ class GatewayDesk:
 
     def online(self) -> frozenset[str]:
         return frozenset(node.site for node in self._nodes() if node.wanted and node.online)
+
+    def outdated(self) -> Mapping[str, str]:
+        return unfit_versions(self._patiently(self._nodes))
 
     def _nodes(self) -> list[NodeAnswer]:
         return [NodeAnswer.model_validate(row) for row in self._client.get(f"{API}/server/nodes")]

@@ -47,7 +47,7 @@ class Hospitals:
     def present(self) -> Present:
         """The sites whose consent holds now, and why those of others does not; raises as `Watch.refresh`."""
         run = self._watch.refresh(at_once=True)
-        now = standing(run, self._desk.nodes(), self._key_ids, self._clock.now())
+        now = standing(run, self._desk.nodes(), self._desk.outdated(), self._key_ids, self._clock.now())
         self._members = {member.site: member for member in now.members}
         return Present(tuple(self._members), dict(now.left_out))
 

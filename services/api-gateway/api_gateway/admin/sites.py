@@ -7,7 +7,7 @@ import click
 
 from api_gateway.admin.session import connect
 from medhive.terminal import Command, Terminal, build, moment, pass_terminal
-from medhive.views import sites_table
+from medhive.views import sites_table, software_text
 from medhive.wire import API, AddressTrust, InviteAnswer, NewInvite, Reason, SiteAnswer, TunnelAnswer
 
 HOUR_S = 3600.0
@@ -125,7 +125,7 @@ def _show_site(terminal: Terminal, site: SiteAnswer) -> None:
             ("studies", ", ".join(site.studies)),
             ("joined", moment(site.joined_at)),
             ("last seen", moment(site.last_seen_at)),
-            ("software", site.software),
+            ("software", software_text(site)),
             ("address", site.source_address),
             ("consent key", site.consent_key_id),
         ]

@@ -16,9 +16,11 @@ from fl_client.queues import unanswered_queues
 from fl_client.settings import Settings
 from fl_client.site import Site, join_site, open_state
 from fl_client.store import StudySettings
-from medhive.errors import InvalidInput, Unreachable
+from medhive import __version__
+from medhive.errors import IncompatibleVersion, InvalidInput, Unreachable
 from medhive.states import FINAL_RUN_STATES
 from medhive.terminal import Command, Terminal, moment, pairs, pass_terminal, plain, read_secret
+from medhive.version import PROTOCOL
 
 
 @click.command(cls=Command)
@@ -85,6 +87,8 @@ def status(terminal: Terminal) -> None:
             "site": site.name,
             "coordinator": site.identity.coordinator_name,
             "address": site.gateway.address,
+            "software": __version__,
+            "protocol": PROTOCOL,
             "limits": plain(vars(site.limits())),
             "champions": champions(site),
             "undecided": undecided(site),
@@ -92,7 +96,7 @@ def status(terminal: Terminal) -> None:
         }
         try:
             value |= _remote_status(site)
-        except Unreachable as error:
+        except (Unreachable, IncompatibleVersion) as error:
             value |= {"connected": False, "problem": str(error)}
     terminal.result(value, lambda: _show_status(terminal, value))
 
@@ -135,6 +139,7 @@ def _show_status(terminal: Terminal, value: dict[str, Any]) -> None:
             ("site", value["site"]),
             ("coordinator", f"{value['coordinator']} at {value['address']}, {connection}"),
             ("first address", _detour_line(value)),
+            ("software", f"MedHive {value['software']}, protocol {value['protocol']}"),
             ("standing", value.get("state")),
             ("node", _node_line(value)),
             ("studies", ", ".join(value.get("studies", ()))),
