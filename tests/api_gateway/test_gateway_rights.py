@@ -52,6 +52,7 @@ TABLE = [
     ("GET", "/runs", KNOWN),
     ("GET", "/runs/{run}", STUDY),
     ("GET", "/runs/{run}/rounds", STUDY),
+    ("GET", "/runs/{run}/rounds.csv", READERS),
     ("POST", "/runs/{run}/stop", "admin"),
     ("GET", "/runs/{run}/consents", STUDY),
     ("POST", "/runs/{run}/consents", "member"),

@@ -1,5 +1,6 @@
 """Requests, consents, leases and ends: who wins, what is refused, and what a dead holder can no longer say."""
 
+import csv
 import hashlib
 import threading
 from collections import Counter
@@ -249,6 +250,13 @@ def test_a_test_set_s_figures_stand_beside_the_sites_and_decide_nothing(world: W
         assert [item.site for item in shown.evaluators] == [item["site"] for item in first["evaluators"]] == seen
         assert first["metrics"]["test_accuracy"] == shown.metrics["test_accuracy"] == 0.8
     assert [item.site for item in world.run(run.id).evaluators] == [judge.site]
+    with world.gateway.http(world.admin_token) as http:
+        table = http.get(f"/runs/{run.id}/rounds.csv")
+    assert table.headers["content-type"].startswith("text/csv")
+    assert table.headers["content-disposition"] == f'attachment; filename="{run.id}_rounds.csv"'
+    trained, final = csv.DictReader(table.text.splitlines())
+    assert (trained["round"], trained["asked"], trained["answered"], trained["val_accuracy"]) == ("1", "1", "1", "0.7")
+    assert (trained["test_accuracy"], final["state"], final["val_accuracy"]) == ("0.8", "final", "0.7")
     with pytest.raises(NotAllowed, match="decides on no version"):
         judge.client.post(
             f"{API}/studies/{study}/versions/{ended.version}/decisions", judge.decision(version, "accepted")

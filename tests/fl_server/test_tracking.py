@@ -106,7 +106,8 @@ def check_description(stack: CoordinatorStack, mlflow: Any, run_id: str) -> None
     assert history(mlflow, run, "sites_answered") == [(0, 2), (1, 2), (2, 2)]
     assert [step for step, _ in history(mlflow, run, "bytes_up")] == [0, 1, 2]
     artifacts = {item.path for item in mlflow.list_artifacts(run.info.run_id)}
-    assert {"curves.png", "confusion_matrix.png", "rounds.json", "spec.json", "model"} <= artifacts
+    assert {"curves.png", "confusion_matrix.png", "rounds.json", "rounds.csv", "spec.json", "model"} <= artifacts
+    assert f"runs/{run.info.run_id}/artifacts/rounds.csv)" in run.data.tags[NOTE]
 
 
 def check_registry(stack: CoordinatorStack, mlflow: Any, run_id: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 Each hospital holds its images in another form: the binary version, an npz archive, folders of files.
 """
 
+import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,24 @@ def test_the_test_set_is_judged_as_a_whole_after_each_round(whole: WholeWorld, j
         shown.count(f"{REFEREE} (evaluates only)") == 2
     )  # among the consents, and with what it says of the final weights
     assert "test accuracy" in shown
+
+
+def test_the_curves_are_to_be_had_as_a_table(whole: WholeWorld, judged: Judged, tmp_path: Path) -> None:
+    path = tmp_path / "rounds.csv"
+    whole.stack.admin("show", judged.run["id"], "--csv", str(path))
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == ["closed", "closed", "closed", "final"]
+    done = [item for item in judged.run["rounds_done"] if item["number"]]
+    assert float(rows[1]["test_accuracy"]) == done[1]["metrics"]["test_accuracy"], "of the model after the first round"
+    assert float(rows[2]["test_accuracy"]) == judged.run["metrics"]["test_accuracy"]
+    assert float(rows[3]["val_accuracy"]) == judged.run["metrics"]["val_accuracy"]
+    assert (
+        whole.stack.failing(
+            ["medhive-admin", "show", f"{STUDY}/1", "--csv", str(path)], whole.stack.admin_env()
+        ).returncode
+        == 2
+    )
 
 
 def test_mlflow_has_its_curve_beside_the_hospitals(whole: WholeWorld, judged: Judged) -> None:

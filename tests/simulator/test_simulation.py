@@ -30,7 +30,7 @@ from simulator.desk import END, MODEL, RECORD
 from simulator.faults import WrongFault
 from simulator.federation import Source, read_federation
 from simulator.results import TrackingFailed
-from simulator.run import OtherSimulation
+from simulator.run import OtherSimulation, judged_on
 
 DEADLINE_S = 120
 
@@ -52,13 +52,14 @@ def test_a_study_is_simulated_and_its_folder_tells_all(table: Path, capsys: pyte
     assert summary["weights_digest"] == sha256_file(out / MODEL)
     with (out / "rounds.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["round"] for row in rows] == ["0", "1", "2", "3"]
-    assert {row["answered"] for row in rows[1:]} == {"6"}
+    assert [row["round"] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert {row["answered"] for row in rows[1:4]} == {"6"}
+    assert (rows[4]["state"], float(rows[4]["val_accuracy"])) == ("final", summary["validation"]["val_accuracy"])
     with (out / "clients.csv").open() as file:
         assert sum(int(row["no"]) + int(row["yes"]) for row in csv.DictReader(file)) == 240
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page
-    assert {"heldout_accuracy", "faults.dropout", "strategy"} <= set(re.findall(r"<td>([a-z_.]+)<td>", page))
+    assert {"heldout_accuracy", "fraction", "strategy"} <= set(re.findall(r"<td>([a-z_.]+)<td>", page))
     assert not [word for word in ("<script", "http:", "https:", "src='/") if word in page]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -187,6 +188,11 @@ def test_a_task_that_a_strategy_cannot_have_says_so(table: Path, strategy: str, 
     assert reason in summary["reason"]
 
 
+def test_a_file_is_no_result_folder(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(simulate_command, arguments(table_flags(table), table / "data.csv")) == 1
+    assert "data.csv is a file; --out names the folder" in capsys.readouterr().err
+
+
 def test_another_simulation_is_not_mixed_in(table: Path) -> None:
     run(table / "out", table_flags(table, rounds=1))
     with pytest.raises(OtherSimulation, match="spec"):
@@ -224,11 +230,19 @@ def test_the_mlflow_run_has_every_round_and_the_files(table: Path, monkeypatch: 
     assert found.data.params["spec.options.rounds"] == "2"
     assert found.data.metrics["val_accuracy"] == pytest.approx(summary["validation"]["val_accuracy"])
     assert [item.step for item in client.get_metric_history(found.info.run_id, "train_loss")] == [1, 2]
-    assert {"report.html", "model.safetensors"} <= {item.path for item in client.list_artifacts(found.info.run_id)}
+    assert {"report.html", "model.safetensors", "participation.csv"} <= {
+        item.path for item in client.list_artifacts(found.info.run_id)
+    }
     # Told again, it is the same run with the same values.
     run(table / "out", flags, mlflow_uri=uri)
     assert len(client.search_runs([found.info.experiment_id])) == 1
     assert len(client.get_metric_history(found.info.run_id, "train_loss")) == 2
+    assert f"A simulation: {found.info.run_name}." in found.data.tags["mlflow.note.content"]
+    # A comparison's simulations are runs beside each other, told apart by their names.
+    compared = table_flags(table, rounds=1, dropout=0.1, compare="fedmedian", mlflow=uri)
+    assert main(simulate_command, arguments(compared, table / "compared")) == 0
+    names = {item.info.run_name for item in client.search_runs([found.info.experiment_id])}
+    assert names >= {"fedmedian, 12 clients, iid", "fedmedian, 12 clients, iid, dropout 0.1"}
     with pytest.raises(TrackingFailed, match=r"MLflow at .*nowhere"):
         run(table / "other", flags, mlflow_uri="http://nowhere.invalid:1")
 
@@ -274,9 +288,39 @@ def test_slow_sites_are_late_unless_the_round_waits(table: Path) -> None:
 def test_too_few_answers_fail_the_run_with_the_reason(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(simulate_command, arguments(table_flags(table, dropout=1.0), table / "out")) == 1
     assert "0 of 6 sites answered, 2 are needed" in capsys.readouterr().err
+    page = (table / "out" / "report.html").read_text()
+    assert "<h1>Simulation: fedavg, 12 clients, iid, dropout 1</h1>" in page
+    assert "<p class=failed>failed: Round 1" in page
+    assert "model.safetensors" not in page
 
 
-@pytest.mark.parametrize("flags", [{"dropout": 1.5}, {"slow": "x"}, {"poison": "0.1:arsenic"}, {"patience": 0.5}])
+def test_the_bar_never_goes_back_within_the_rounds_nor_beyond_its_end(table: Path) -> None:
+    told: list[tuple[int, int]] = []
+    run(table / "out", table_flags(table), lambda *progress: told.append(progress))
+    everybody, asked, rounds = 12, 6, 3
+    sums, training, judging = told[:-30], told[-30:-12], told[-12:]
+    assert training == [(number, rounds * asked) for number in range(1, rounds * asked + 1)]
+    # Before the first round all are asked for their sums, and after the last one all judge.
+    assert sums == judging == [(number, everybody) for number in range(1, everybody + 1)]
+
+
+def test_with_fedbn_each_client_is_judged_with_its_own_layers(tmp_path: Path) -> None:
+    make_phantoms(tmp_path / "data", 8)
+    flags: dict[str, Any] = {"data": tmp_path / "data", "clients": 3, "rounds": 1, "local_epochs": 1, "seed": 3}
+    flags |= {"options": ("image_size=32", "model=resnet-bn"), "partition": "dirichlet:0.5"}
+    for strategy, same in {"fedavg": True, "fedbn": False}.items():
+        out = tmp_path / strategy
+        said = run(out, flags | {"strategy": strategy})["heldout"]
+        simulation = simulation_of(flags | {"strategy": strategy})
+        average = judged_on(simulation.read_clients().first(), read_weights(out / MODEL), ["heldout"])
+        assert (said["loss"] == pytest.approx(average["loss"], rel=1e-6)) is same
+        assert 0 < said["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"dropout": 1.5}, {"slow": "x"}, {"poison": "0.1:arsenic"}, {"slow": "0.1", "patience": 0.5}, {"patience": 3}],
+)
 def test_a_fault_that_cannot_be_is_refused(table: Path, flags: dict[str, Any]) -> None:
     with pytest.raises(WrongFault):
         simulation_of(table_flags(table, **flags))
@@ -296,6 +340,21 @@ def test_strategies_are_compared_under_faults(table: Path, capsys: pytest.Captur
     assert main(simulate_command, [*arguments(flags, table / "out"), "--forget"]) == 0
     assert "flip 0.4" in capsys.readouterr().out
     assert len((table / "out" / "comparison.csv").read_text().splitlines()) == 5
+    page = (table / "out" / "report.html").read_text()
+    assert re.findall(r"alt='curves of (.*?); at the end: (\w+) ", page) == [
+        ("accuracy, no fault", "fedavg"),
+        ("accuracy, flip 0.4", "fedavg"),
+    ]
+    links = set(re.findall(r"href='(.*?)'", page))
+    assert links == {
+        f"{name}/{fault}/report.html" for name in ("fedavg", "fedmedian") for fault in ("none", "flip-0.4")
+    } | {
+        "comparison.csv",
+        "comparison.json",
+    }
+    assert all((table / "out" / link).exists() for link in links)
+    assert f"<a href='fedmedian/flip-0.4/report.html'>{cells['fedmedian', 'flip 0.4']['accuracy']:.4f}</a>" in page
+    assert (table / "out" / "curves.png").exists()
     assert main(simulate_command, arguments({**flags, "compare": "fedavgg"}, table / "out2")) == 1
     assert "Did you mean fedavg?" in capsys.readouterr().err
 
@@ -309,6 +368,8 @@ def test_strategies_are_compared_under_faults(table: Path, capsys: pytest.Captur
         ({"dp_epsilon": 1.0}, "differential privacy"),
         ({"partition": "sites", "data": "."}, "clients' names"),
         ({"data": "nowhere.csv"}, "nothing at nowhere.csv"),
+        ({"clients": 0}, "1 to 100000 clients"),
+        ({"test_every": 5}, "--test-every is of --test"),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_sentence(

@@ -24,6 +24,7 @@ from api_gateway.models import (
 )
 from api_gateway.work import Gateway, Work, transition
 from medhive.consent import Consent, check_consent
+from medhive.curves import lines_of, rounds_csv
 from medhive.errors import BadSignature, Conflict, InvalidInput, NotAllowed, NotFound
 from medhive.spec import Privacy, RunSpec
 from medhive.states import (
@@ -381,6 +382,11 @@ def rounds(work: Work, number: int) -> list[RoundAnswer]:
     run = get(work, number)
     rows = work.session.scalars(select(Round).where(Round.run_id == run.id).order_by(Round.number))
     return [_round_answer(work, row) for row in rows]
+
+
+def table_of_rounds(work: Work, number: int) -> str:
+    """The same as CSV. Of figures that all sites made together: for callers who see all of them."""
+    return rounds_csv(lines_of(rounds(work, number), to_answer(work, get(work, number)).metrics))
 
 
 def _round_answer(work: Work, row: Round) -> RoundAnswer:

@@ -338,6 +338,10 @@ class ActivityAnswer(ActivityReport):
     updated_at: AwareDatetime
 
 
+NOT_ADDRESSED = "not addressed: "
+"""Begins the reason of a site that consented but could not be asked, which tells it from one that did not answer."""
+
+
 class SiteRound(Answer):
     """What one site gave to one round; `dropped` names the reason when it did not count."""
 

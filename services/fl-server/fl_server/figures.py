@@ -5,7 +5,7 @@ Only the tracking process imports this module; the plotting library is used by i
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,27 +16,31 @@ Curve = Sequence[tuple[int, float]]
 
 DPI = 120
 PANEL_INCHES = (6.0, 4.2)
+LINES = ("-", "--", "-.", ":")
+"""One after the other, so that a curve shows below another one, and without colours too."""
 MAX_NUMBERED_CLASSES = 20
 """Above this many classes the cells are too small for numbers."""
 SHARES = ("accuracy", "f1", "recall")
 """A panel with one of these words shows shares of 1, and is drawn from 0 to 1 so that two runs can be compared by eye."""
 
 
-def draw_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path, title: str = "") -> None:
+def draw_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path | BinaryIO, title: str = "") -> None:
     """Draw one panel a quantity, each with its labelled curves over the rounds, into a PNG file."""
     width, height = PANEL_INCHES
     figure = Figure(figsize=(width * max(1, len(panels)), height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(_plain(title))
+    if title:
+        figure.suptitle(_plain(title))
     for place, (name, curves) in enumerate(panels.items(), 1):
         _draw_panel(figure.add_subplot(1, len(panels), place), name, curves)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=DPI, format="png")
 
 
 def _draw_panel(axes: Any, name: str, curves: Mapping[str, Curve]) -> None:
-    for label, curve in curves.items():
+    for place, (label, curve) in enumerate(curves.items()):
         steps, values = zip(*curve, strict=True)
-        axes.plot(steps, values, marker="o", markersize=3, label=_plain(label))
+        style = LINES[place % len(LINES)]
+        axes.plot(steps, values, linestyle=style, marker="o", markersize=3, label=_plain(label))
     axes.set_title(_plain(name))
     axes.set_xlabel("after round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

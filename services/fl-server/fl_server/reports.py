@@ -8,10 +8,8 @@ from fl_server.cohort import NO_CONSENT
 from fl_server.collect import Answer, Collected
 from fl_server.pooling import Scores, pooled_confusion, pooled_metrics
 from medhive.states import RoundState
-from medhive.wire import Refusal, RoundReport, RunEnd, SiteRound
+from medhive.wire import NOT_ADDRESSED, Refusal, RoundReport, RunEnd, SiteRound
 
-NOT_ADDRESSED = "not addressed: "
-"""Begins the reason of a site that consented but could not be asked, which tells it from one that did not answer."""
 UPDATE_NORM = "update_norm"
 """L2 norm of a site's change, a figure of this service beside the site's own metrics."""
 OF_SITES, OF_TEST_SETS = "val_", "test_"

@@ -28,14 +28,14 @@ import structlog
 from fl_server.checkpoint import write_durably
 from fl_server.figures import Curve, draw_confusion, draw_curves
 from fl_server.gateway import MAX_WEIGHTS_BYTES
-from fl_server.reports import NOT_ADDRESSED
 from fl_server.settings import ServerSettings, read_token
 from medhive.client import GatewayClient
+from medhive.curves import lines_of, rounds_csv
 from medhive.errors import MedHiveError, NotFound, Unreachable
 from medhive.queues import QUEUE_PREFIX, QueueContributionAnswer
 from medhive.signing import canonical_json
 from medhive.states import FINAL_RUN_STATES, ConsentState, RoundState, RunState, VersionState
-from medhive.wire import API, RoundAnswer, RunAnswer, VersionAnswer
+from medhive.wire import API, NOT_ADDRESSED, RoundAnswer, RunAnswer, VersionAnswer
 
 PASS_S = 2.0
 """How soon a closed round shows in MLflow."""
@@ -66,6 +66,7 @@ STATUS: Mapping[RunState, str] = {
     RunState.FAILED: "FAILED",
     RunState.CANCELLED: "KILLED",
 }
+ROUNDS_CSV = "rounds.csv"
 RUN_TAG, VERSION_TAG = "medhive.run_id", "medhive.version"
 NOTE = "mlflow.note.content"
 """The tag that MLflow's pages show as a description, in Markdown."""
@@ -234,6 +235,7 @@ class Tracker:
         if version is not None:
             self._register(mlflow_id, version)
         if run.state in FINAL_RUN_STATES:
+            self._log_text(mlflow_id, ROUNDS_CSV, rounds_csv(lines_of(ended, version.metrics if version else {})))
             values = [value for item in ended for value in round_values(item)]
             self._tell_pictures(run, mlflow_id, [*values, *final], version)
             self._mlflow.set_terminated(mlflow_id, STATUS[run.state], _milliseconds(run.ended_at or run.updated_at))
@@ -280,7 +282,7 @@ class Tracker:
             "medhive.sites": ",".join(sites)[:MAX_TAG],
             "medhive.request_id": run.request_id,
             "medhive.spec": spec if len(spec) <= MAX_TAG else "see the artifact spec.json",
-            NOTE: run_note(run, sites)[:MAX_TAG],
+            NOTE: run_note(run, sites, self._page_of(mlflow_id))[:MAX_TAG],
         }
         self._mlflow.log_batch(
             mlflow_id,
@@ -290,6 +292,10 @@ class Tracker:
         if run.id not in self._rounds_told:
             self._rounds_told[run.id] = set()
             self._log_text(mlflow_id, "spec.json", spec)
+
+    def _page_of(self, mlflow_id: str) -> str:
+        """Where MLflow's own page of the run lies, from any of its pages and behind any proxy."""
+        return f"#/experiments/{self._mlflow.get_run(mlflow_id).info.experiment_id}/runs/{mlflow_id}"
 
     def _log_text(self, mlflow_id: str, name: str, text: str, place: str | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -304,6 +310,7 @@ class Tracker:
             return
         self._log_values(mlflow_id, [value for item in fresh for value in round_values(item)])
         self._log_text(mlflow_id, "rounds.json", json.dumps([_participation(item) for item in ended], indent=1))
+        self._log_text(mlflow_id, ROUNDS_CSV, rounds_csv(lines_of(ended, {})))
         told.update(item.number for item in fresh)
 
     def _log_values(self, mlflow_id: str, values: Sequence["Value"]) -> None:
@@ -580,7 +587,7 @@ def experiment_note(study: str) -> str:
     return f"{what}\n\n{READING_NOTE}"
 
 
-def run_note(run: RunAnswer, sites: Sequence[str]) -> str:
+def run_note(run: RunAnswer, sites: Sequence[str], page: str) -> str:
     """What a run's page says: who asked for what, where it was trained, how it ended, and how to read its metrics."""
     options = run.spec.options
     asked = run.request_site or run.requested_by or "the coordinator"
@@ -588,7 +595,8 @@ def run_note(run: RunAnswer, sites: Sequence[str]) -> str:
     what = f"{run.rounds} rounds of {options.local_epochs} local epochs, {options.strategy}, at {where}"
     ended = f"{run.state}{f': {run.reason}' if run.reason else ''}"
     made = f"; made version {run.version}" if run.version is not None else ""
-    return f"{run.request_id} of {asked}: {what}.\n\n**{ended}**{made}.\n\n{READING_NOTE}"
+    table = f"The curves as a table: [{ROUNDS_CSV}]({page}/artifacts/{ROUNDS_CSV})."
+    return f"{run.request_id} of {asked}: {what}.\n\n**{ended}**{made}.\n\n{table} {READING_NOTE}"
 
 
 def version_note(version: VersionAnswer) -> str:

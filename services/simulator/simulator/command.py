@@ -1,6 +1,6 @@
 """The command line of `medhive-simulate`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -27,6 +27,7 @@ from medhive.terminal import (
 )
 
 if TYPE_CHECKING:
+    from simulator.compare import Cell
     from simulator.run import Listener
     from simulator.study import Simulation
 
@@ -159,14 +160,21 @@ def _run(terminal: Terminal, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(terminal: Terminal, given: dict[str, Any], text: str) -> None:
-    from simulator.compare import compare, rows_of, strategies_of  # noqa: PLC0415
+    from simulator.compare import compare, strategies_of  # noqa: PLC0415
 
-    out, _ = given.pop("out"), given.pop("mlflow_uri")
+    out, mlflow_uri = given.pop("out"), given.pop("mlflow_uri")
     strategies = strategies_of(text)
     simulation = simulation_of(given)
     with _watching(terminal, out) as listener:
-        cells = compare(simulation, strategies, out, listener)
-    terminal.result([asdict(cell) for cell in cells], lambda: terminal.table(*rows_of(cells)))
+        cells = compare(simulation, strategies, out, listener, mlflow_uri)
+    terminal.result([asdict(cell) for cell in cells], lambda: _show_comparison(terminal, cells, out))
+
+
+def _show_comparison(terminal: Terminal, cells: "Sequence[Cell]", out: Path) -> None:
+    from simulator.compare import rows_of  # noqa: PLC0415
+
+    terminal.table(*rows_of(cells))
+    terminal.fields([("results", str(out / PAGE))])
 
 
 @contextmanager
@@ -174,6 +182,8 @@ def _watching(terminal: Terminal, out: Path) -> Iterator["Listener"]:
     """The log in the folder, lines and a bar on the terminal."""
     from simulator.run import Listener  # noqa: PLC0415
 
+    if out.exists() and not out.is_dir():
+        raise InvalidInput(f"{out} is a file; --out names the folder for the results.")
     out.mkdir(parents=True, exist_ok=True)
     with _logging_to(out / LOG), ExitStack() as shown:
         bar = _Bar(terminal, shown)
@@ -211,7 +221,11 @@ def simulation_of(flags: Mapping[str, Any]) -> "Simulation":
     given = {name: value for name, value in flags.items() if name not in OWN_FLAGS}
     chosen = {name: value for name, value in chosen_options(given).items() if name not in NOT_SIMULATED}
     partition = Partition.parse(own["partition"])
-    clients = None if partition.kind in ("sites", "file") else own["clients"] or DEFAULT_CLIENTS
+    clients = None if partition.kind in ("sites", "file") else own["clients"]
+    if clients is None and partition.kind not in ("sites", "file"):
+        clients = DEFAULT_CLIENTS
+    if own["test_every"] > 1 and own["test"] is None:
+        raise InvalidInput("--test-every is of --test, the data that judge the model.")
     fields: dict[str, Any] = {"initial_seed": chosen.get("seed", DEFAULT_SEED)}
     if own["options"]:
         fields["options"] = values(own["options"], "--option")

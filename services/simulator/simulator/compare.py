@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from fl_server.checkpoint import write_durably
+from fl_server.figures import Curve, draw_curves
 from medhive.errors import InvalidInput
 from medhive.strategies import STRATEGIES, make_strategy, strategy_parameters
+from simulator import page
+from simulator.desk import Record, ended
 from simulator.faults import Faults
-from simulator.run import Listener, prepare, require_possible, simulate
+from simulator.results import CURVES, PAGE, panels_with_test
+from simulator.run import Listener, Prepared, partition_text, prepare, require_possible, simulate
 from simulator.study import Simulation
 
 ALL: Final = "all"
@@ -63,8 +67,12 @@ def scenarios_of(faults: Faults) -> dict[str, Faults]:
     return {NONE: Faults(), **(asked or USUAL)}
 
 
-def compare(simulation: Simulation, strategies: Sequence[str], out: Path, listener: Listener) -> list[Cell]:
-    """Run them all, each in a folder of its own below `out`, and write the table; goes on where it was stopped.
+def compare(
+    simulation: Simulation, strategies: Sequence[str], out: Path, listener: Listener, mlflow_uri: str | None = None
+) -> list[Cell]:
+    """Run them all, each in a folder of its own below `out`, and write table and page; goes on where it was stopped.
+
+    With `mlflow_uri` each of them is a run there.
 
     Raises:
         MedHiveError: the data or the choices do not fit, by cause; a run that fails is a cell of the table.
@@ -76,11 +84,14 @@ def compare(simulation: Simulation, strategies: Sequence[str], out: Path, listen
         strategy = one.spec.options.strategy
         for fault, faults in scenarios.items():
             listener.on_line(f"{strategy}, {fault}")
-            folder = out / strategy / fault.replace(" ", "-")
-            cells.append(
-                _cell(strategy, fault, simulate(replace(one, faults=faults), folder, listener, prepared=prepared))
-            )
+            folder = folder_of(strategy, fault)
+            told = simulate(replace(one, faults=faults), out / folder, listener, mlflow_uri, prepared)
+            cells.append(_cell(strategy, fault, told))
     _write(out, cells)
+    panels = panels_by_fault(out, cells)
+    if panels:
+        draw_curves(panels, out / CURVES, "accuracy after each round")
+    write_durably(out / PAGE, page_of(_title(prepared, simulation), cells, panels).encode())
     return cells
 
 
@@ -134,6 +145,70 @@ def rows_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
 
 def _shown(cell: Cell) -> str:
     return cell.state if cell.accuracy is None else f"{cell.accuracy:.4f}"
+
+
+def folder_of(strategy: str, fault: str) -> Path:
+    """Where one simulation of the table has its results, below the comparison's folder."""
+    return Path(strategy) / fault.replace(" ", "-")
+
+
+def panels_by_fault(out: Path, cells: Sequence[Cell]) -> dict[str, dict[str, Curve]]:
+    """One panel a fault with a curve for each strategy: the accuracy on the test set, else on the validation parts."""
+    panels: dict[str, dict[str, Curve]] = {}
+    for cell in cells:
+        folder = out / folder_of(cell.strategy, cell.fault)
+        curves = panels_with_test(Record(folder).rounds, ended(folder)).get("accuracy", {})
+        curve = curves.get("test_accuracy") or curves.get("val_accuracy")
+        if curve:
+            panels.setdefault(f"accuracy, {_fault_text(cell.fault)}", {})[cell.strategy] = curve
+    return panels
+
+
+def _fault_text(fault: str) -> str:
+    return "no fault" if fault == NONE else fault
+
+
+def _title(prepared: Prepared, simulation: Simulation) -> str:
+    rounds = simulation.spec.options.rounds
+    return f"Comparison: {len(prepared.federation.names)} clients, {partition_text(simulation)}, {rounds} rounds"
+
+
+def page_of(title: str, cells: Sequence[Cell], panels: Mapping[str, Mapping[str, Curve]]) -> str:
+    """The page of a comparison: the table, whose cells lead to the single results, the curves, and what each cost."""
+    faults = list(dict.fromkeys(cell.fault for cell in cells))
+    linked = [[name, *map(_figure, cells_of)] for name, cells_of in _by_strategy(cells).items()]
+    parts = [
+        page.heading("Final accuracy"),
+        page.table(["strategy", *map(_fault_text, faults)], linked),
+        page.paragraph("On the test set, else on the clients' held-out parts. Each figure leads to its simulation."),
+        page.heading("Accuracy after each round"),
+        page.curves(panels),
+        page.heading("Every simulation"),
+        page.table(
+            ["simulation", "accuracy", "macro F1", "answered", "refused", "seconds", "state"],
+            [_page_row(cell) for cell in cells],
+        ),
+        page.heading("Files"),
+        page.paragraph(page.Link(COMPARISON_CSV, COMPARISON_CSV), ", ", page.Link(COMPARISON_JSON, COMPARISON_JSON)),
+    ]
+    return page.document(title, parts)
+
+
+def _by_strategy(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    return {
+        name: [cell for cell in cells if cell.strategy == name] for name in dict.fromkeys(c.strategy for c in cells)
+    }
+
+
+def _figure(cell: Cell) -> page.Link:
+    return page.Link(_shown(cell), f"{folder_of(cell.strategy, cell.fault)}/{PAGE}")
+
+
+def _page_row(cell: Cell) -> list[object]:
+    link = replace(_figure(cell), text=f"{cell.strategy}, {_fault_text(cell.fault)}")
+    figures = ["" if value is None else value for value in (cell.accuracy, cell.macro_f1)]
+    answered = f"{cell.answered} of {cell.asked}"
+    return [link, *figures, answered, cell.refusals, cell.seconds, cell.reason or cell.state]
 
 
 def _write(out: Path, cells: Sequence[Cell]) -> None:

@@ -61,6 +61,8 @@ class Faults:
         Raises:
             WrongFault: a value is none.
         """
+        if patience is not None and not slow:
+            raise WrongFault("--patience is how long a round waits for slow clients; give --slow too.")
         slow_share, _, factor = (slow or "0").partition(":")
         share, _, kind = (poison or "0:").partition(":")
         try:

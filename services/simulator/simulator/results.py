@@ -1,8 +1,6 @@
 """What a simulation leaves for people: tables, a summary, curves, one page that opens by itself, and the MLflow run."""
 
-import base64
 import csv
-import html
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,18 +13,33 @@ import numpy.typing as npt
 
 from fl_server.checkpoint import write_durably
 from fl_server.figures import Curve, draw_confusion, draw_curves
-from fl_server.tracking import RUN_TAG, Value, flattened, log_values, panels_of, round_values
+from fl_server.tracking import (
+    NOTE,
+    READING_NOTE,
+    ROUNDS_CSV,
+    RUN_TAG,
+    Value,
+    flattened,
+    log_values,
+    panels_of,
+    round_values,
+)
+from medhive.curves import TEST, RoundLine, final_line, rounds_csv
 from medhive.errors import MedHiveError
+from medhive.spec import RunOptions
 from medhive.wire import RunEnd
+from simulator import page
 from simulator.desk import MODEL, Record, RecordedRound
+from simulator.study import FOLDER_TASKS
 
-ROUNDS_CSV, PARTICIPATION_CSV, CLIENTS_CSV = "rounds.csv", "participation.csv", "clients.csv"
+PARTICIPATION_CSV, CLIENTS_CSV = "participation.csv", "clients.csv"
 SUMMARY, CURVES, CONFUSION, PAGE = "summary.json", "curves.png", "confusion.png", "report.html"
-TEST: Final = "test_"
-"""Begins the metrics of the test set, of the model after the step's round, beside `val_*` and `train_*`."""
 PANELS: Final = {"accuracy": ("test_accuracy", "test_macro_f1"), "loss": ("test_loss",)}
 MAX_PARAM: Final = 500
-FACTS: Final = ("state", "reason", "rounds", "best_round", "best_test_accuracy", "seconds")
+TRACKED: Final = (SUMMARY, ROUNDS_CSV, PARTICIPATION_CSV, CLIENTS_CSV, CURVES, CONFUSION, PAGE, MODEL)
+"""Files of a result folder that MLflow keeps too."""
+FACTS: Final = ("state", "rounds", "best_round", "best_test_accuracy", "seconds")
+NOT_HERE: Final = frozenset({"privacy", "compress"})  # asked for, a simulation refuses them
 SHOWN_ROUNDS: Final = 200  # rows that a person scrolls through; the CSV has all
 
 MLFLOW_ENVIRONMENT: Final = {
@@ -36,16 +49,6 @@ MLFLOW_ENVIRONMENT: Final = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem }
-body { color: #1a1a1a; background: #fff }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } img { max-width: 100%; background: #fff }
-table { border-collapse: collapse; font-size: .9rem }
-td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-td:first-child, th:first-child { text-align: left } .wide { overflow-x: auto }
-@media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #16181c } td, th { border-color: #333 } }
-"""
 
 
 def own_values(recorded: RecordedRound) -> list[Value]:
@@ -59,9 +62,9 @@ def own_values(recorded: RecordedRound) -> list[Value]:
     return told + [Value(TEST + name, value, at, recorded.number) for name, value in recorded.test.items()]
 
 
-def final_values(end: RunEnd, rounds: Sequence[RecordedRound]) -> list[Value]:
+def final_values(end: RunEnd | None, rounds: Sequence[RecordedRound]) -> list[Value]:
     """What the clients say of the final weights, at the step of the last round."""
-    if not rounds or end.state != "completed":
+    if not rounds or end is None or end.state != "completed":
         return []
     at = rounds[-1].report.closed_at or rounds[-1].report.opened_at
     return [Value(name, value, at, rounds[-1].number) for name, value in end.metrics.items()]
@@ -104,7 +107,7 @@ def write_results(
     classes: Sequence[str],
 ) -> None:
     """Write everything; each file appears whole."""
-    _write_rounds(folder / ROUNDS_CSV, record.rounds)
+    write_durably(folder / ROUNDS_CSV, _rounds_text(record.rounds, end).encode())
     _write_participation(folder / PARTICIPATION_CSV, record.lines())
     rows = ([name, *map(int, row)] for name, row in zip(clients, counts, strict=True))
     _write_csv(folder / CLIENTS_CSV, ["client", *classes], rows)
@@ -113,11 +116,11 @@ def write_results(
         draw_curves(panels, folder / CURVES, title_of(summary))
     if end.confusion:
         draw_confusion(end.confusion, classes, folder / CONFUSION, "clients' validation parts")
-    write_durably(folder / PAGE, page_of(folder, summary, record.rounds).encode())
+    write_durably(folder / PAGE, page_of(folder, summary, record.rounds, panels).encode())
     write_durably(folder / SUMMARY, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def panels_with_test(rounds: Sequence[RecordedRound], end: RunEnd) -> dict[str, dict[str, Curve]]:
+def panels_with_test(rounds: Sequence[RecordedRound], end: RunEnd | None) -> dict[str, dict[str, Curve]]:
     """The panels of a deployed run's picture, with the test set's curves first."""
     values = [value for item in rounds for value in own_values(item)] + final_values(end, rounds)
     panels = panels_of(values)
@@ -130,40 +133,21 @@ def panels_with_test(rounds: Sequence[RecordedRound], end: RunEnd) -> dict[str, 
 
 
 def title_of(summary: Mapping[str, Any]) -> str:
-    """`fedavg, 100 clients, shards:2`."""
+    """`fedavg, 100 clients, shards:2, dropout 0.2`."""
     made = summary["simulation"]
-    return f"{made['spec']['options']['strategy']}, {summary['clients']} clients, {summary['partition']}"
-
-
-def _write_rounds(path: Path, rounds: Sequence[RecordedRound]) -> None:
-    """A row a round; a metric `val_*` is of the model before it, `test_*` of the model after it."""
-    metrics = sorted({name for item in rounds for name in item.report.metrics})
-    tests = sorted({name for item in rounds for name in item.test})
-    figures = ["seconds", "bytes_up", "bytes_down"]
-    columns = [
-        "round",
-        "state",
-        "asked",
-        "answered",
-        "training_s",
-        *figures,
-        *(TEST + name for name in tests),
-        *metrics,
-    ]
-    rows = (
-        [
-            item.number,
-            item.report.state,
-            item.asked,
-            item.answered,
-            item.training_s,
-            *(getattr(item.report, name) for name in figures),
-            *(item.test.get(name, "") for name in tests),
-            *(item.report.metrics.get(name, "") for name in metrics),
-        ]
-        for item in rounds
+    faults = faults_shown(made["faults"])
+    named = [f"{name} {faults[name]}" for name in ("dropout", "slow", "poison") if name in faults]
+    return ", ".join(
+        [made["spec"]["options"]["strategy"], f"{summary['clients']} clients", summary["partition"], *named]
     )
-    _write_csv(path, columns, rows)
+
+
+def _rounds_text(rounds: Sequence[RecordedRound], end: RunEnd) -> str:
+    lines = [
+        RoundLine(item.number, item.report, item.report.metrics, item.test, item.asked, item.answered, item.training_s)
+        for item in rounds
+    ]
+    return rounds_csv([*lines, *final_line(rounds[-1].number if rounds else 0, end.metrics)])
 
 
 def _write_participation(path: Path, lines: Iterable[RecordedRound]) -> None:
@@ -195,37 +179,64 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[objec
     part.replace(path)
 
 
-def page_of(folder: Path, summary: Mapping[str, Any], rounds: Sequence[RecordedRound]) -> str:
-    """One page with everything in it: pictures as data, no script, nothing from elsewhere."""
-    options = _settings(summary)
+def page_of(
+    folder: Path, summary: Mapping[str, Any], rounds: Sequence[RecordedRound], panels: Mapping[str, Mapping[str, Curve]]
+) -> str:
+    """The page of one simulation."""
     facts = {name: summary[name] for name in FACTS}
     facts |= {TEST + name: value for name, value in summary["test"].items()}
     facts |= {f"heldout_{name}": value for name, value in summary["heldout"].items()} | summary["validation"]
+    shown = f" (the last {SHOWN_ROUNDS})" if len(rounds) > SHOWN_ROUNDS else ""
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-        f"<title>{_text(title_of(summary))}</title><style>{STYLE}</style>",
-        f"<h1>Simulation: {_text(title_of(summary))}</h1>",
-        *(_picture(folder / name, name.partition(".")[0]) for name in (CURVES, CONFUSION)),
-        "<h2>Result</h2>",
-        _table(
-            ["figure", "value"], [[name, _shown(value)] for name, value in facts.items() if value not in (None, "")]
-        ),
-        f"<h2>Rounds{f' (the last {SHOWN_ROUNDS})' if len(rounds) > SHOWN_ROUNDS else ''}</h2>",
+        page.paragraph(f"{summary['state']}: {summary['reason']}", failed=True) if summary["reason"] else "",
+        page.curves(panels),
+        page.picture(folder / CONFUSION, "what the final model mistakes for what"),
+        page.heading("Result"),
+        page.table(["figure", "value"], [item for item in facts.items() if item[1] not in (None, "")]),
+        page.heading(f"Rounds{shown}"),
         _rounds_table(rounds[-SHOWN_ROUNDS:]),
-        "<h2>Settings</h2>",
-        _table(["setting", "value"], [[name, _shown(value)] for name, value in options.items() if value is not None]),
-        f"<p>Weights: {_text(MODEL)}, SHA-256 {_text(summary['weights_digest'])}. Tables: {ROUNDS_CSV}, "
-        f"{PARTICIPATION_CSV}, {CLIENTS_CSV}. A metric val_... of a round is of the model before it.</p></html>",
+        page.paragraph("A metric val_... of a round is of the model before it, test_... of the model after it."),
+        page.heading("Settings"),
+        page.table(["setting", "value"], _settings(summary).items()),
+        page.heading("Files"),
+        _files(folder, summary),
     ]
-    return "\n".join(part for part in parts if part)
+    return page.document(f"Simulation: {title_of(summary)}", parts)
+
+
+def _files(folder: Path, summary: Mapping[str, Any]) -> str:
+    """What lies beside the page, and how the weights are known again."""
+    kept = (folder / MODEL).exists()
+    names = [ROUNDS_CSV, PARTICIPATION_CSV, CLIENTS_CSV, SUMMARY, *([MODEL] if kept else [])]
+    links = [piece for name in names for piece in (page.Link(name, name), ", ")][:-1]
+    weights = f" with the SHA-256 {summary['weights_digest']}." if kept else ". No weights: it did not come to its end."
+    return page.paragraph(*links, weights)
 
 
 def _settings(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the result was made of, but what means nothing here."""
+    """All that the result was made of, but what means nothing here or changes nothing."""
     made = summary["simulation"]
-    options = {name: value for name, value in made["spec"]["options"].items() if "deadline" not in name}
+    options = RunOptions.model_validate(made["spec"]["options"])
+    chosen = {name: value for name, value in made["spec"]["options"].items() if "deadline" not in name}
+    of_others = {"mu"} if not options.local_mu else set()
+    of_others |= {"penalty", "C"} if made["spec"]["task"] in FOLDER_TASKS else set()
+    chosen = {name: value for name, value in chosen.items() if name not in {*of_others, *NOT_HERE}}
     own = {"task": made["spec"]["task"], "clients": summary["clients"], "partition": summary["partition"]}
-    return flattened({**own, **options, "study": made["spec"]["data"]["options"], "faults": made["faults"]})
+    how = {name: made[name] or None for name in ("test_every", "forget")}
+    how["together"] = made["together"] if made["together"] > 1 else None
+    named = {**own, **chosen, **how, "study": made["spec"]["data"]["options"], "faults": faults_shown(made["faults"])}
+    return {name: value for name, value in flattened(named).items() if value is not None}
+
+
+def faults_shown(faults: Mapping[str, Any]) -> dict[str, str]:
+    """Each fault that is simulated, by its flag, with the flag's value."""
+    shown = {"dropout": f"{faults['dropout']:g}"} if faults["dropout"] else {}
+    if faults["slow_share"]:
+        shown["slow"] = f"{faults['slow_share']:g}:{faults['slow_factor']:g}"
+        shown["patience"] = f"{faults['patience']:g}"
+    if faults["poison_share"]:
+        shown["poison"] = f"{faults['poison_share']:g}:{faults['poison']}"
+    return shown
 
 
 def _rounds_table(rounds: Sequence[RecordedRound]) -> str:
@@ -235,33 +246,13 @@ def _rounds_table(rounds: Sequence[RecordedRound]) -> str:
         [
             item.number,
             f"{item.answered} of {item.asked}",
-            *(_shown(item.test.get(name, "")) for name in tests),
-            *(_shown(item.report.metrics.get(name, "")) for name in metrics),
-            _shown(item.report.seconds),
+            *(item.test.get(name, "") for name in tests),
+            *(item.report.metrics.get(name, "") for name in metrics),
+            item.report.seconds,
         ]
         for item in rounds
     ]
-    return _table(["round", "answered", *(TEST + name for name in tests), *metrics, "seconds"], rows)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    head = "".join(f"<th>{_text(name)}" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}" for cell in row) for row in rows)
-    return f"<div class=wide><table><tr>{head}{body}</table></div>"
-
-
-def _picture(path: Path, what: str) -> str:
-    if not path.exists():
-        return ""
-    return f"<img alt='{_text(what)}' src='data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}'>"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return page.table(["round", "answered", *(TEST + name for name in tests), *metrics, "seconds"], rows)
 
 
 class TrackingFailed(MedHiveError):
@@ -299,7 +290,7 @@ class Tracking:
     def finish(self, state: str) -> None:
         """Log the files of the folder and end the run."""
         with self._failures_named():
-            for name in (SUMMARY, ROUNDS_CSV, CURVES, CONFUSION, PAGE, MODEL):
+            for name in TRACKED:
                 if (self._folder / name).exists():
                     self._client.log_artifact(self.run_id, str(self._folder / name))
             self._client.set_terminated(self.run_id, "FINISHED" if state == "completed" else "FAILED")
@@ -309,6 +300,7 @@ class Tracking:
         experiment = self._client.get_experiment_by_name(study)
         name = experiment.experiment_id if experiment else self._client.create_experiment(study)
         tags = {RUN_TAG: f"simulation {identity['digest'][:12]}", "mlflow.source.name": "medhive-simulate"}
+        tags[NOTE] = f"A simulation: {title}.\n\nIts page is `{PAGE}` among the artifacts. {READING_NOTE}"
         run = self._client.create_run(name, run_name=title, tags=tags)
         for key, value in flattened(identity).items():
             self._client.log_param(run.info.run_id, key, str(value)[:MAX_PARAM])

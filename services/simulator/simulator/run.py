@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fl_client.local_round import evaluated
+from fl_client.local_round import evaluated, with_own
 from fl_client.tasks import PARTS, Judged, Together, Workspace, completed
 from fl_client.tasks.errors import NotEnoughExamples
 from fl_server.checkpoint import write_durably
+from fl_server.cohort import sample
 from fl_server.collect import SystemClock, Watch
 from fl_server.locking import FolderLock
 from fl_server.rounds import RunLoop
@@ -22,7 +23,7 @@ from medhive.leftovers import remove_leftovers
 from medhive.packing import Flat, read_weights
 from medhive.strategies import make_strategy
 from medhive.wire import RunEnd
-from simulator.clients import ClientStates, InlineSites
+from simulator.clients import MAX_JUDGES, ClientStates, InlineSites
 from simulator.desk import MODEL, RecordedRound, ResultDesk, ended
 from simulator.faults import Fates
 from simulator.federation import Federation, Source, secret_of
@@ -202,12 +203,12 @@ class _Work:
         self._listener = listener
         self._facts = {
             "clients": len(prepared.federation.names),
-            "partition": _partition_text(simulation),
+            "partition": partition_text(simulation),
             "strategy": self._options.strategy,
         }
         title = title_of({"simulation": identity, **self._facts})
         self._tracking = Tracking(mlflow_uri, out, identity, title) if mlflow_uri else None
-        self._asked = 0
+        self._open = 0
 
     def run(self) -> dict[str, Any]:
         if (self._out / SUMMARY).exists() and not self._tracking:
@@ -274,10 +275,9 @@ class _Work:
         """The final weights on what no client trained on or chose by: where there is no test set, the held-out parts."""
         if self._simulation.test is not None or end.state != "completed":
             return {}
-        weights = read_weights(self._out / MODEL)
         found = [
             judged
-            for workspace in self._federation.heldout()
+            for workspace, weights in self._models(read_weights(self._out / MODEL))
             if (judged := _judged(workspace, weights, "heldout")) is not None
         ]
         if not found:
@@ -287,13 +287,30 @@ class _Work:
         )
         return evaluated(self._federation.first(), whole).metrics()
 
-    def _on_open(self, number: int, asked: int) -> None:
-        self._asked = (number - 1) * asked
+    def _models(self, weights: dict[str, Flat]) -> Iterator[tuple[Workspace, dict[str, Flat]]]:
+        """The model that is used at each client, with its data: where layers stay at the clients, one's own."""
+        if not self._options.keeps_own_layers:
+            for workspace in self._federation.heldout():
+                yield workspace, weights
+            return
+        names, states = self._federation.names, ClientStates(self._out / STATES)
+        chosen = sample(names, MAX_JUDGES / max(MAX_JUDGES, len(names)), 1, self._options.seed, 0)
+        for place, name in enumerate(names):
+            if name in chosen:
+                own = states.own(name, self._options.rounds + 1)
+                yield self._federation.workspace(place), dict(with_own(weights, own))
+
+    def _on_open(self, number: int, _asked: int) -> None:
+        self._open = number
 
     def _on_client(self, done: int, asked: int) -> None:
-        self._listener.on_progress(self._asked + done, self._options.rounds * asked)
+        if self._open:
+            self._listener.on_progress((self._open - 1) * asked + done, self._options.rounds * asked)
+        else:  # what comes before the first round, and after the last one
+            self._listener.on_progress(done, asked)
 
     def _on_closed(self, recorded: RecordedRound) -> None:
+        self._open = 0
         self._listener.on_line(round_text(recorded, self._options.rounds))
         if self._tracking:
             try:
@@ -317,7 +334,8 @@ def round_text(recorded: RecordedRound, rounds: int) -> str:
     return ", ".join([*parts, f"{recorded.report.seconds:.1f} s"])
 
 
-def _partition_text(simulation: Simulation) -> str:
+def partition_text(simulation: Simulation) -> str:
+    """As it is written on the command line; of a file its name."""
     partition = simulation.partition
     if partition.path is not None:
         return partition.path.name

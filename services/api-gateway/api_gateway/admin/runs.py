@@ -1,11 +1,13 @@
 """Requests and runs: asking, deciding, following, stopping."""
 
+from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from api_gateway.admin.session import connect, open_source
 from medhive.client import GatewayClient
+from medhive.curves import lines_of, rounds_csv
 from medhive.errors import InvalidInput, MedHiveError
 from medhive.follow import ClientSource, follow_request, follow_run
 from medhive.spec import build_options
@@ -95,9 +97,13 @@ def _require_completed(run: RunAnswer) -> None:
         raise RunUnsuccessful(f"{run.id} is {run.state}{reason}", run=run.id, state=str(run.state), reason=run.reason)
 
 
+def _rounds_of(client: GatewayClient, run_id: str) -> list[RoundAnswer]:
+    return [RoundAnswer.model_validate(row) for row in client.get(f"{API}/runs/{run_id}/rounds")]
+
+
 def show_run(terminal: Terminal, client: GatewayClient, run: RunAnswer) -> None:
     """Print one run with its rounds."""
-    rounds = [RoundAnswer.model_validate(row) for row in client.get(f"{API}/runs/{run.id}/rounds")]
+    rounds = _rounds_of(client, run.id)
     value = {**run.model_dump(mode="json"), "rounds_done": [item.model_dump(mode="json") for item in rounds]}
     terminal.result(value, lambda: run_details(terminal, run, rounds))
 
@@ -200,11 +206,18 @@ def history(terminal: Terminal, study: str | None, limit: int) -> None:
 
 @click.command(cls=Command)
 @click.argument("what", metavar="REQ_n|RUN_n|STUDY/n")
+@click.option(
+    "--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Write a run's rounds there as CSV."
+)
 @pass_terminal
-def show(terminal: Terminal, what: str) -> None:
+def show(terminal: Terminal, what: str, table: Path | None) -> None:
     """Show a request (REQ_n), a run (RUN_n) or a version (STUDY/n)."""
+    if table is not None and not what.startswith("RUN_"):
+        raise click.UsageError("--csv is of a run: RUN_n.")
     with connect() as client:
-        if what.startswith("REQ_"):
+        if table is not None:
+            _save_rounds(terminal, client, what, table)
+        elif what.startswith("REQ_"):
             request = RequestAnswer.model_validate(client.get(f"{API}/requests/{what}"))
             terminal.result(request, lambda: request_details(terminal, request))
         elif what.startswith("RUN_"):
@@ -215,6 +228,12 @@ def show(terminal: Terminal, what: str) -> None:
                 raise click.UsageError(f"{what!r} is no REQ_n, RUN_n or STUDY/n.")
             version = VersionAnswer.model_validate(client.get(f"{API}/studies/{study}/versions/{number}"))
             terminal.result(version, lambda: version_details(terminal, version))
+
+
+def _save_rounds(terminal: Terminal, client: GatewayClient, run_id: str, path: Path) -> None:
+    run = RunAnswer.model_validate(client.get(f"{API}/runs/{run_id}"))
+    path.write_text(rounds_csv(lines_of(_rounds_of(client, run_id), run.metrics)), "utf-8", newline="")
+    terminal.result({"run": run_id, "file": str(path)}, lambda: terminal.line(f"The rounds of {run_id} are in {path}."))
 
 
 @click.command(cls=Command)

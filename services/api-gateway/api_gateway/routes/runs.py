@@ -67,6 +67,15 @@ def list_rounds(run_id: RunId, call: CallDep) -> list[RoundAnswer]:
         return runs.rounds(work, number_of(run_id))
 
 
+@router.get("/runs/{run_id}/rounds.csv", response_class=Response, responses={200: {"content": {"text/csv": {}}}})
+def table_of_rounds(run_id: RunId, call: CallDep) -> Response:
+    """A run's curves as a table, for who may see what all hospitals gave."""
+    with call.read(Role.ADMIN, Role.ANALYST) as work:
+        text = runs.table_of_rounds(work, number_of(run_id))
+    saved_as = {"Content-Disposition": f'attachment; filename="{run_id}_rounds.csv"'}
+    return Response(text, media_type="text/csv", headers=saved_as)
+
+
 @router.post("/runs/{run_id}/stop")
 def stop(run_id: RunId, body: Reason, call: CallDep) -> RunAnswer:
     """Stop a run."""
