@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from fl_client.events import (
     ConsentWanted,
     EpochDone,
     PauseChanged,
+    Problem,
     Revoked,
     RoundDone,
     RoundFailed,
@@ -41,7 +43,7 @@ from fl_client.limits import Limits
 from fl_client.node import _item_of
 from fl_client.site import AlreadyRunning, Site
 from fl_client.trainer import Trainer
-from medhive import __version__
+from medhive import __version__, version
 from medhive.envelope import Task, TaskType, check_contribution_envelope, to_bytes
 from medhive.errors import InvalidInput
 from medhive.packing import read_weights, write_weights
@@ -408,6 +410,25 @@ def test_an_answer_from_before_an_upgrade_is_made_again(scene: Scene, ready: tup
         again = node.ask(task)
     assert again.protocol == PROTOCOL
     assert again.content_digest == first.content_digest, "the same training, bit for bit"
+
+
+def test_a_coordinator_of_another_version_is_told_once_and_greeted_when_it_fits(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process plays a hospital of an older version, and is upgraded while it runs."""
+    asked: list[str] = []
+    introduction = scene.site.gateway.introduction
+    monkeypatch.setattr(scene.site.gateway, "introduction", lambda: (asked.append(""), introduction())[1])
+    with monkeypatch.context() as older:
+        older.setattr(version, "PROTOCOL", OLDEST_PROTOCOL - 1)
+        older.setattr(version, "OLDEST_PROTOCOL", OLDEST_PROTOCOL - 1)
+        with scene.node() as node:
+            wait_for(lambda: len(asked) >= 3, "several looks")
+            (problem,) = node.all(Problem)
+            assert re.search(rf"speaks protocol {PROTOCOL}, this hospital .* upgrade this hospital", problem.message)
+            assert not [event for event in node.all(Connected) if event.to == "gateway"]
+            older.undo()
+            wait_for(lambda: any(event.to == "gateway" for event in node.all(Connected)), "the coordinator")
 
 
 def test_a_test_set_is_judged_as_a_whole_and_nothing_else_is_done_with_it(scene: Scene, tmp_path: Path) -> None:

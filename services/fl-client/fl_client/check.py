@@ -40,8 +40,10 @@ def study_of_folder(path: Path) -> StudyData:
     """A stand-in study for `check-data` before any study exists: the folder's own class folders are its classes.
 
     Raises:
-        DataFolderMissing: there are not two folders, nor packed images of two classes.
+        DataFolderMissing: there is nothing, or there are not two folders, nor packed images of two classes.
     """
+    if not path.exists():
+        raise DataFolderMissing(f"There is nothing at {path}; give the data's folder or file.", folder=str(path))
     if packed_files(path):
         return StudyData(classes=packed_classes(path))
     folders = (

@@ -148,6 +148,7 @@ class Node:
         self._fleet_away: Outage | None = None
         self._fast_until = 0.0
         self._heard_to: int | None = None
+        self._told = ""
         self._busy = False
         self._paused = False
         self._end: MedHiveError | None = None
@@ -294,8 +295,16 @@ class Node:
         except SiteRevoked as error:
             self._finish(error)
         except MedHiveError as error:
-            self._emit(Problem("gateway", str(error)))
+            self._tell_once(str(error))
+            return None, not isinstance(error, IncompatibleVersion)
+        self._told = ""
         return None, True
+
+    def _tell_once(self, problem: str) -> None:
+        """Not again at each look, where it lasts (a version that does not fit may last for days)."""
+        if problem != self._told:
+            self._told = problem
+            self._emit(Problem("gateway", problem))
 
     def _reach_fleet_anew(self) -> None:
         """Leave a fleet address, or a trust in it, that the coordinator has replaced."""

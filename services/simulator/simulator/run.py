@@ -321,7 +321,8 @@ class _Work:
 
 def round_text(recorded: RecordedRound, rounds: int) -> str:
     """`round 3/10: 10 of 10 clients answered, test accuracy 0.5512, validation 0.5203 before it, loss 1.234, 2.1 s`."""
-    parts = [f"round {recorded.number}/{rounds}: {recorded.answered} of {recorded.asked} clients answered"]
+    step = f"round {recorded.number}/{rounds}" if recorded.number else "preparation"
+    parts = [f"{step}: {recorded.answered} of {recorded.asked} clients answered"]
     metrics = recorded.report.metrics
     if "accuracy" in recorded.test:
         parts.append(f"test accuracy {recorded.test['accuracy']:.4f}")
