@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score, log_loss, roc_auc_score
 
 from fl_client.tasks.errors import NotEnoughExamples
 from fl_client.tasks.evaluation import auc_interval, calibration_error, compare, evaluate, wilson
@@ -49,6 +49,24 @@ def test_any_predictions_give_values_inside_their_intervals(seed: int, n: int, k
     assert 0 <= result.ece <= 1
     assert 0 <= result.brier <= 2
     assert sum(map(sum, result.confusion)) == n
+
+
+@given(seed=st.integers(0, 1000), n=st.integers(1, 60), k=st.integers(2, 5), decimals=st.integers(1, 9))
+def test_the_metrics_are_those_of_scikit_learn(seed: int, n: int, k: int, decimals: int) -> None:
+    labels, probabilities = rows(seed, n, k)
+    probabilities = probabilities.round(decimals) + 1e-3  # with ties, as small data have them
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    predicted, indices = probabilities.argmax(axis=1), list(range(k))
+    found = evaluate(labels, probabilities, [f"c{i}" for i in indices])
+    assert found.confusion == tuple(map(tuple, confusion_matrix(labels, predicted, labels=indices)))
+    assert found.loss == pytest.approx(log_loss(labels, probabilities, labels=indices))
+    # Told, because scikit-learn halves the score of two classes otherwise.
+    assert found.brier == pytest.approx(brier_score_loss(labels, probabilities, labels=indices, scale_by_half=False))
+    assert found.macro_f1.value == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
+    for index in indices:
+        area = auc_interval(labels == index, probabilities[:, index])
+        if area is not None:
+            assert area.value == pytest.approx(roc_auc_score(labels == index, probabilities[:, index]))
 
 
 def test_delong_covers_the_true_area_about_95_times_in_100() -> None:

@@ -1,8 +1,9 @@
 """How good a model is on one part of one hospital's data, with the uncertainty that so few patients leave.
 
-Everything is computed from labels and class probabilities; scikit-learn's metrics are used where it has them. Intervals are
-two-sided 95%: Wilson's for proportions (Wilson 1927), DeLong's for the area under the ROC curve (DeLong et al. 1988), and
-a bootstrap over examples for macro F1, which has no closed form.
+Everything is computed from labels and class probabilities, by the definitions of scikit-learn's metrics, which the tests
+compare with: importing those takes a trainer as long as importing torch, each time it starts. Intervals are two-sided 95%:
+Wilson's for proportions (Wilson 1927), DeLong's for the area under the ROC curve (DeLong et al. 1988), and a bootstrap over
+examples for macro F1, which has no closed form.
 """
 
 from abc import ABC, abstractmethod
@@ -12,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest, rankdata
-from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score, log_loss, roc_auc_score
 
 from fl_client.tasks.base import Judging, Part, Weights, completed
 from fl_client.tasks.errors import NotEnoughExamples
@@ -113,20 +112,19 @@ def evaluate(labels: Labels, probabilities: Floats, classes: Sequence[str]) -> E
         raise NotEnoughExamples(
             "There is no example to evaluate on; add data or enlarge this part's share in the study."
         )
-    k = len(classes)
-    indices = list(range(k))
     clipped = np.clip(probabilities.astype(np.float64), SMALLEST_PROBABILITY, None)
     clipped /= clipped.sum(axis=1, keepdims=True)
     predicted = clipped.argmax(axis=1)
-    confusion = confusion_matrix(labels, predicted, labels=indices).astype(np.int64)
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
     return Evaluation(
         examples=len(labels),
         accuracy=wilson(int(np.trace(confusion)), len(labels)),
-        loss=float(log_loss(labels, clipped, labels=indices)),
-        macro_f1=_macro_f1(labels, predicted, confusion),
+        loss=float(-np.log(clipped[np.arange(len(labels)), labels]).mean()),
+        macro_f1=_macro_f1(confusion),
         per_class={name: _one_class(i, labels, clipped, confusion) for i, name in enumerate(classes)},
         ece=calibration_error(labels, clipped),
-        brier=_brier(labels, clipped, indices),
+        brier=float(np.square(clipped - np.eye(len(classes))[labels]).sum(axis=1).mean()),
         classes=tuple(classes),
         confusion=tuple(tuple(int(n) for n in row) for row in confusion),
     )
@@ -141,6 +139,8 @@ def compare(labels: Labels, first: Floats, second: Floats) -> Comparison:
     Raises:
         NotEnoughExamples: n is 0.
     """
+    from scipy.stats import binomtest  # noqa: PLC0415 - most of a second of imports, which no round needs
+
     n = len(labels)
     if n == 0:
         raise NotEnoughExamples("There is no example to compare two models on; add data or enlarge this part's share.")
@@ -190,7 +190,8 @@ def auc_interval(positive: npt.NDArray[np.bool_], scores: Floats) -> Estimate | 
     m, n = int(positive.sum()), int((~positive).sum())
     if m == 0 or n == 0:
         return None
-    value = float(roc_auc_score(positive, scores))
+    # Mann and Whitney's statistic: how often a positive example has the higher score, ties counted half.
+    value = float((_ranks(scores)[positive].sum() - m * (m + 1) / 2) / (m * n))
     spread = Z95 * float(np.sqrt(_delong_variance(scores[positive], scores[~positive])))
     if spread > 0:
         return Estimate(value, max(0.0, value - spread), min(1.0, value + spread))
@@ -202,10 +203,17 @@ def _delong_variance(positive: Floats, negative: Floats) -> float:
     m, n = len(positive), len(negative)
     if m < 2 or n < 2:
         return 0.0
-    ranks = rankdata(np.concatenate([positive, negative]))
-    beaten = (ranks[:m] - rankdata(positive)) / n
-    beating = 1 - (ranks[m:] - rankdata(negative)) / m
+    ranks = _ranks(np.concatenate([positive, negative]))
+    beaten = (ranks[:m] - _ranks(positive)) / n
+    beating = 1 - (ranks[m:] - _ranks(negative)) / m
     return float(beaten.var(ddof=1) / m + beating.var(ddof=1) / n)
+
+
+def _ranks(values: Floats) -> Floats:
+    """Each value's place in ascending order, from 1; equal ones share the mean of theirs."""
+    _distinct, of, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[of])
 
 
 def calibration_error(labels: Labels, probabilities: Floats) -> float:
@@ -217,24 +225,22 @@ def calibration_error(labels: Labels, probabilities: Floats) -> float:
     return float(np.abs(sums).sum() / len(labels))
 
 
-def _brier(labels: Labels, probabilities: Floats, indices: list[int]) -> float:
-    if len(indices) == 2:  # scikit-learn scales the two-class score differently unless told
-        return float(brier_score_loss(labels, probabilities, labels=indices, scale_by_half=False))
-    return float(brier_score_loss(labels, probabilities, labels=indices))
-
-
-def _macro_f1(labels: Labels, predicted: Labels, confusion: npt.NDArray[np.int64]) -> Estimate:
+def _macro_f1(confusion: npt.NDArray[np.int64]) -> Estimate:
     """Macro F1; resampling examples with replacement is drawing a new confusion matrix from a multinomial."""
-    value = float(f1_score(labels, predicted, average="macro", zero_division=0))
+    value = float(_mean_f1(confusion[np.newaxis])[0])
     n = int(confusion.sum())
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     samples = rng.multinomial(n, confusion.ravel() / n, size=BOOTSTRAP_SAMPLES).reshape(-1, *confusion.shape)
-    hits = np.diagonal(samples, axis1=1, axis2=2)
-    totals = samples.sum(axis=1) + samples.sum(axis=2)
-    f1 = np.divide(2 * hits, totals, out=np.zeros(hits.shape), where=totals > 0)
-    scores = f1.sum(axis=1) / np.maximum((totals > 0).sum(axis=1), 1)
-    low, high = np.quantile(scores, [0.025, 0.975])
+    low, high = np.quantile(_mean_f1(samples), [0.025, 0.975])
     return Estimate(value, min(float(low), value), max(float(high), value))
+
+
+def _mean_f1(confusions: npt.NDArray[np.int64]) -> Floats:
+    """(s,) mean F1 of the classes that occur as label or prediction in each of (s, k, k) confusion matrices."""
+    hits = np.diagonal(confusions, axis1=1, axis2=2)
+    totals = confusions.sum(axis=1) + confusions.sum(axis=2)
+    f1 = np.divide(2 * hits, totals, out=np.zeros(hits.shape), where=totals > 0)
+    return np.asarray(f1.sum(axis=1) / np.maximum((totals > 0).sum(axis=1), 1))
 
 
 def _one_class(index: int, labels: Labels, probabilities: Floats, confusion: npt.NDArray[np.int64]) -> ClassEvaluation:
