@@ -3,6 +3,8 @@
 import dataclasses
 import ssl
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from fl_client.flower import (
 )
 from medhive.envelope import MAX_ENVELOPE_BYTES
 from medhive.errors import ClockSkew, InvalidInput, TooLarge
+
+HOLD_S, DEADLINE_S = 20.0, 60.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,6 +91,32 @@ def test_the_superlink_keeps_a_message_until_it_is_confirmed(flower_stack: Flowe
                 connection._pull_object(inbound.flower_run, inbound.message_id)
         assert connection.reply(inbound, b"done")
         run.end()
+
+
+def test_a_look_that_is_held_ends_with_a_message_and_with_the_connection(flower_stack: FlowerStack) -> None:
+    node = flower_stack.make_node()
+    asking = threading.Event()
+    with flower_stack.connect(node) as connection, ThreadPoolExecutor(1) as pool:
+        connection._fleet._client.event_hooks = {"request": [lambda _request: asking.set()]}
+
+        def look() -> tuple[Inbound | None, bool]:
+            asking.clear()
+            begun = time.monotonic()
+            return connection.receive(HOLD_S), time.monotonic() - begun < HOLD_S
+
+        first = pool.submit(look)
+        run = flower_stack.run_script(node)
+        inbound, woken = first.result(DEADLINE_S)
+        assert inbound is not None
+        assert woken, "by the message"
+        connection.confirm(inbound)
+        assert connection.reply(inbound, b"done")
+        run.end()
+        asking.clear()
+        second = pool.submit(look)
+        assert asking.wait(DEADLINE_S)
+        connection.close()
+        assert second.result(DEADLINE_S) == (None, True)
 
 
 def test_a_second_answer_to_one_message_is_not_wanted(flower_stack: FlowerStack) -> None:
@@ -281,6 +311,7 @@ def is_online(stack: FlowerStack, node: Node) -> bool:
 
 def abandon(connection: FleetConnection) -> None:
     """End what a crash would have ended, without a goodbye."""
+    connection._say_goodbye = lambda: None  # type: ignore[method-assign]
     connection.close()
     connection._heartbeats.join(5)
     connection._fleet.close()

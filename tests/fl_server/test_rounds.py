@@ -461,8 +461,8 @@ def test_the_answer_to_the_first_question_counts_after_the_second(tmp_path: Path
     delayed: list[Reply] = []
 
     class Slow(DictExchange):
-        def poll(self) -> list[Reply]:
-            replies = super().poll()
+        def wait(self, seconds: float) -> list[Reply]:
+            replies = super().wait(seconds)
             if world.asked(TRAIN, 1).count("b") == 1:
                 mine = [reply for reply in replies if reply.node_id == 2]
                 delayed.extend(mine)

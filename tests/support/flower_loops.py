@@ -31,7 +31,7 @@ def _round(exchange: GridExchange, script: dict[str, Any], number: int, out: Pat
                 _note(out, round=number, node=node, error="unknown")
     _note(out, sent=number)
     while exchange.waiting:
-        for reply in exchange.wait(1.0, interval_s=0.1):
+        for reply in exchange.wait(1.0):
             payload = None if reply.payload is None else reply.payload.decode()
             _note(out, round=number, node=reply.node_id, payload=payload, error=reply.error)
 

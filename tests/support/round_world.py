@@ -156,6 +156,7 @@ class DictExchange:
 
     def __init__(self, hospitals: Sequence[Hospital]) -> None:
         self.by_node = {hospital.node_id: hospital for hospital in hospitals}
+        self.clock = hospitals[0].desk.clock
         self.queue: list[Reply] = []
         self.sent: list[tuple[str, TaskBody]] = []
         self.foreign: dict[tuple[str, int], list[bytes]] = defaultdict(list)
@@ -178,7 +179,9 @@ class DictExchange:
             self.queue.append(Reply(message_id, node_id, answer))
         return message_id
 
-    def poll(self) -> list[Reply]:
+    def wait(self, seconds: float) -> list[Reply]:
+        if not self.queue:
+            self.clock.sleep(seconds)
         replies, self.queue = self.queue, []
         # The last asked answers first: nothing may depend on the order of arrival.
         return replies[::-1]

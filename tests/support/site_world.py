@@ -65,7 +65,7 @@ class Loopback:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def receive(self) -> Inbound | None:
+    def receive(self, _hold_s: float) -> Inbound | None:
         if self._closed.is_set():
             raise FleetClosed("closed")
         if self.revoked.is_set():

@@ -19,6 +19,7 @@ OLDEST_PROTOCOL = 2
 PROTOCOL_HEADER = "MedHive-Protocol"
 SOFTWARE_HEADER = "MedHive-Version"
 MAX_DIGITS, MAX_SOFTWARE = 9, 50  # characters of what the two headers say that are looked at
+HOLD_HEADER = "MedHive-Hold"  # for how many seconds a look that finds nothing may be kept open
 PROBLEM_HEADER = "MedHive-Problem"  # a refusal's code, also where there is no body to say it in
 
 

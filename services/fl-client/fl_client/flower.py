@@ -57,6 +57,7 @@ from medhive.errors import (
     TooLarge,
     Unreachable,
 )
+from medhive.version import HOLD_HEADER
 
 MAX_ANSWER_BYTES = 1024 * 1024
 """The proxy caps requests at the same size; no answer that this node asks for comes near."""
@@ -84,6 +85,9 @@ GOODBYE_TIMEOUT_S = 3.0
 
 PUSH_ATTEMPTS = 3
 """An upload that is interrupted by a restart of the SuperLink is complete at the second attempt."""
+
+LOOK = "/flwr.proto.Fleet/PullMessages"
+"""The one call that may be held, by the name that flwr gives it."""
 
 _RETRYABLE = frozenset({404, 408, 429, 500, 502, 503, 504})
 """Answers of a proxy without its SuperLink, or of a SuperLink in trouble: they pass. 404 is a proxy being set up."""
@@ -153,6 +157,7 @@ class _NodeSignature:
         self._public = b64encode(public_key_to_bytes(key.public_key())).decode("ascii")
         self._clock_offset = clock_offset
         self._version = dict(RuntimeVersionMetadata.from_local_component("SuperNode").as_metadata())
+        self.hold_s = 0.0  # how long the next look for messages may be held
 
     def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
         moment = (now() + timedelta(seconds=self._clock_offset())).isoformat()
@@ -165,6 +170,8 @@ class _NodeSignature:
                 FLEET_HTTP_SIGNATURE_HEADER: signature,
             }
         )
+        if self.hold_s > 0 and context.rpc_method == LOOK:
+            context.request.headers[HOLD_HEADER] = f"{self.hold_s:.3f}"
         return call_next(context)
 
 
@@ -200,7 +207,8 @@ class FleetConnection:
         self._patience_s = patience_s
         self._closed = threading.Event()
         self._failure: MedHiveError | None = None
-        self._fleet = FleetHttpClient(address, interceptors=[_NodeSignature(self._key, clock_offset)], verify=tls)
+        self._signature = _NodeSignature(self._key, clock_offset)
+        self._fleet = FleetHttpClient(address, interceptors=[self._signature], verify=tls)
         self._fleet._client.event_hooks = {"response": [_refuse_large_answer]}
         self._node_id = 0
         self._heartbeats = threading.Thread(target=self._send_heartbeats, name="fleet-heartbeat", daemon=True)
@@ -219,17 +227,18 @@ class FleetConnection:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        if self._heartbeats.is_alive():
-            self._heartbeats.join(timeout=GOODBYE_TIMEOUT_S)
-        self._say_goodbye()
+        self._heartbeats.join(timeout=2 * GOODBYE_TIMEOUT_S)
         self._fleet.close()
 
     def close(self) -> None:
         """End every wait; calls in progress raise `FleetClosed`. Safe from any thread and more than once."""
         self._closed.set()
 
-    def receive(self) -> Inbound | None:
+    def receive(self, hold_s: float = 0.0) -> Inbound | None:
         """Take the next message, or None when there is none now. The caller sets the pace of asking.
+
+        A coordinator that can (`fl_server.holding`) keeps the question open for up to `hold_s` seconds, until there is a
+        message, or until this connection is closed; another one answers at once.
 
         A message of a run that was stopped meanwhile is dropped, and so is one whose content never comes or is not an
         envelope: the aggregator sends what is still wanted again. What is returned is not confirmed yet: the caller first
@@ -238,6 +247,7 @@ class FleetConnection:
         # flwr's linkstate sets `delivered_at` in the very statement that reads a message for this answer, and never hands
         # it out again, confirmed or not; a node cannot ask for it anew. So a node that is killed between this answer and
         # its own disk has lost the message, and the aggregator alone can close that gap, by asking again after silence.
+        self._signature.hold_s = hold_s
         answer = self._call(self._fleet.PullMessages, PullMessagesRequest(node=self._node))
         if not answer.messages_list:
             return None
@@ -346,7 +356,15 @@ class FleetConnection:
             log.info("fleet.goodbye-unheard", reason=str(error))
 
     def _send_heartbeats(self) -> None:
-        """Keep the node online, in a thread of its own; a refusal is kept for the next call of the owner."""
+        """Keep the node online, in a thread of its own; a refusal is kept for the next call of the owner.
+
+        At the end it says goodbye, beside whatever call is still under way: a look that is held has its answer with that.
+        """
+        self._beat()
+        self._closed.wait()
+        self._say_goodbye()
+
+    def _beat(self) -> None:
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         while not self._closed.wait(HEARTBEAT_DEFAULT_INTERVAL * random.uniform(0.6, 0.8)):  # noqa: S311
             try:

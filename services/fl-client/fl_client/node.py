@@ -58,6 +58,9 @@ BURST_S = 0.3
 REFUSED_WAIT_S = 5.0
 # Kinds of events after which the coordinator may be reached or trusted in another way.
 ABOUT_COORDINATOR = frozenset({"coordinator", "tunnel"})
+# The coordinator may hold a look for a task so long: below the 30 s after which proxies end silent connections, and above
+# any pace below, which is that of coordinators (or proxies before them) that do not hold it.
+HOLD_S = 20.0
 # After a task the next one is likely near, whatever the gateway says.
 FAST_AFTER_TASK_S = 15.0
 # While a task is worked on, only another run's can come, which would share the trainer with it; and each look costs the
@@ -78,8 +81,8 @@ class Fleet(Protocol):
     ) -> None:
         """Say goodbye."""
 
-    def receive(self) -> Inbound | None:
-        """The next message, or None."""
+    def receive(self, hold_s: float) -> Inbound | None:
+        """The next message, or None; a coordinator that can keeps the question open for so long."""
 
     def confirm(self, inbound: Inbound) -> None:
         """Say that a message is kept here."""
@@ -391,9 +394,11 @@ class Node:
             self._take(kept)
             fleet.confirm(kept)  # the process may have ended just before it did
         while not self._stopping.is_set():
-            inbound = fleet.receive()
+            asked = time.monotonic()
+            inbound = fleet.receive(HOLD_S)
             if inbound is None:
-                self._wake_fleet.wait(self._pace())
+                # Where the coordinator did not keep the question open, the next one is not asked at once.
+                self._wake_fleet.wait(max(0.0, asked + self._pace() - time.monotonic()))
                 self._wake_fleet.clear()
                 continue
             self._fast_until = time.monotonic() + FAST_AFTER_TASK_S

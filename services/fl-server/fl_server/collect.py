@@ -40,7 +40,7 @@ from medhive.version import PROTOCOL
 from medhive.wire import ActivityAnswer, RunAnswer
 
 POLL_S = 0.15
-"""How soon an answer is seen; each look costs the SuperLink about 10 ms of CPU."""
+"""How soon a checked update is seen while other sites' answers are waited for."""
 CHECKED_S = 0.02
 """How soon a checked update is seen once every site has answered: this look asks nobody, and the round waits for it."""
 LOOK_S = 1.0
@@ -93,8 +93,8 @@ class Exchange(Protocol):
     def send(self, node_id: int, payload: bytes, ttl_s: float) -> str:
         """Send and return the message's id. Raises `NodeUnknown`."""
 
-    def poll(self) -> list[Reply]:
-        """The answers that have come since the last look."""
+    def wait(self, seconds: float) -> list[Reply]:
+        """The answers that have come since the last call; waits for the first of them, at most so long."""
 
     def forget(self, message_id: str) -> None:
         """Ask no more for the answer to a message."""
@@ -425,7 +425,7 @@ class _Call:
 
     def run(self) -> Collected:
         while (self._seats or self._checking) and self._can_succeed():
-            for reply in self._by.exchange.poll():
+            for reply in self._next_replies():
                 self._on_reply(reply)
             self._collect_checked()
             self._observe(self._by.watch.refresh())
@@ -433,11 +433,16 @@ class _Call:
             self._drop_idle_evaluators()
             self._remind_silent()
             self._ask_again()
-            if self._seats or self._checking:
-                self._by.clock.sleep(POLL_S if self._seats else CHECKED_S)
         for site in list(self._seats):
             self._drop(site, "the round was given up before it answered, since too few other sites could")
         return self._collected.sort()
+
+    def _next_replies(self) -> list[Reply]:
+        """Wait for an answer, until something else has to be seen to."""
+        if not self._seats:
+            self._by.clock.sleep(CHECKED_S)
+            return []
+        return self._by.exchange.wait(POLL_S if self._checking else LOOK_S)
 
     def abandon(self) -> None:
         """Ask no more for what has not come."""

@@ -23,6 +23,7 @@ import threading
 import time
 import tomllib
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -48,8 +49,20 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PushTaskOutputRequest
+from flwr.proto.fleet_pb2 import (
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PushAppMessagesRequest,
+    PushAppMessagesResponse,
+    PushTaskOutputRequest,
+)
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.control.control_http_client import ControlHttpClient
@@ -63,9 +76,11 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from fl_server.holding import Asked, Board, Happened, Holding, News, closing
 from fl_server.logs import log_json
 from medhive.envelope import MAX_ENVELOPE_BYTES
 from medhive.errors import Conflict, InvalidInput, MedHiveError, NotAllowed, NotFound, TooLarge, Unreachable
+from medhive.version import HOLD_HEADER
 
 LOOPBACK = "127.0.0.1"
 """The SuperLink's control and runtime APIs have no authentication worth the name: nobody else may reach them."""
@@ -97,11 +112,20 @@ CONTROL_TIMEOUT_S = 10.0
 LISTED_RUNS = 1000
 """Flower lists twenty runs unless told otherwise; more than a thousand at once is not a coordinator's day."""
 
-TASK_POLL_S = 0.25
-"""How soon a submitted run starts, against one request of about 10 ms of CPU each time."""
+TASK_HOLD_S = 0.5
+"""The SuperLink holds a look for a run so long. A process that has ended is noticed between two looks."""
 
-REPLY_POLL_S = 0.2
-"""How soon a reply is seen; each look costs the SuperLink about 10 ms of CPU."""
+TASK_POLL_S = 0.25
+"""Between two looks for a run where the last one was not held: something had come, or the SuperLink is away."""
+
+REPLY_POLL_S = 0.1
+"""Between two looks for a reply that is announced, but whose content has not come yet."""
+
+A_RUN = "a run"
+"""What the superexec looks for."""
+
+OPEN_UPLOADS = 1000
+"""Announced messages whose pieces are on their way; the oldest is one whose sender is gone, and is found by a later look."""
 
 RETRY_S = 1.0
 """Longest wait between two attempts of a ServerApp to reach a SuperLink that is away."""
@@ -119,6 +143,19 @@ ORPHAN_GRACE_S = 3.0
 """How long a process whose parent is gone may take to end."""
 
 log = structlog.get_logger()
+
+
+class _Hold:
+    """Says with each look how long the SuperLink may hold it (`fl_server.holding`)."""
+
+    def __init__(self, look: str) -> None:
+        self._look = look
+        self.seconds = 0.0
+
+    def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
+        if context.rpc_method == self._look and self.seconds > 0:
+            context.request.headers[HOLD_HEADER] = f"{self.seconds:.3f}"
+        return call_next(context)
 
 
 class SuperLinkUnreachable(Unreachable):
@@ -493,6 +530,8 @@ class GridExchange:
         self._grid = grid
         self._waiting: dict[str, int] = {}
         self._uploads: list[_Upload] = []
+        self._hold = _Hold("/flwr.proto.Runtime/PullMessages")
+        grid._runtime_client._interceptors += (self._hold,)
         # Flower's own judgement sends SIGINT to this process, and gives up on any TLS error of a dying SuperLink.
         grid._retry_invoker.should_giveup = _is_final
         # Its waits double up to 20 s: meant for a network, not for a service beside this process that is back in two.
@@ -519,20 +558,21 @@ class GridExchange:
         self._waiting[message_id] = node_id
         return str(message_id)
 
-    def poll(self) -> list[Reply]:
-        """The answers that have come since the last look, without waiting for more."""
-        failed = self._pull_announcements() if self._waiting else []
-        return failed + self._pull_uploads()
-
-    def wait(self, seconds: float, interval_s: float = REPLY_POLL_S) -> list[Reply]:
+    def wait(self, seconds: float) -> list[Reply]:
         """Wait for at least one answer, at most `seconds`; none is an empty list."""
         deadline = time.monotonic() + seconds
-        while not (replies := self.poll()):
+        while not (replies := self._look(deadline - time.monotonic())):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            time.sleep(min(interval_s, left))
+            time.sleep(min(REPLY_POLL_S, left))
         return replies
+
+    def _look(self, seconds: float) -> list[Reply]:
+        """The answers that have come since the last look. The SuperLink holds it where none is on its way already."""
+        self._hold.seconds = 0.0 if self._uploads else max(0.0, seconds)
+        failed = self._pull_announcements() if self._waiting else []
+        return failed + self._pull_uploads()
 
     def forget(self, message_id: str) -> None:
         """Ask no more for the answer to a message; one that still comes is dropped."""
@@ -690,6 +730,8 @@ class Superexec:
         self._port, self._ca = port, ca
         self._tls = ssl.create_default_context(cafile=str(ca))
         self._digest = bundle_digest()
+        self._hold = _Hold("/flwr.proto.Runtime/AcquireTask")
+        self._hold.seconds = TASK_HOLD_S
         signature = SuperExecAuthHttpInterceptor(
             master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
         )
@@ -705,10 +747,12 @@ class Superexec:
 
     def run(self) -> None:
         """Serve until `stop`, then end the children."""
-        while not self._stop.wait(TASK_POLL_S):
+        while not self._stop.is_set():
+            looked = time.monotonic()
             self._reap()
             self._report()
             self._note_absence(self._take_one)
+            self._stop.wait(0.0 if time.monotonic() - looked >= TASK_HOLD_S else TASK_POLL_S)
         self._end_children()
 
     def _note_absence(self, look: Callable[[], None]) -> None:
@@ -775,7 +819,7 @@ class Superexec:
     def _client(self, credentials: Any) -> Any:
         return RuntimeHttpClient(
             f"https://{LOOPBACK}:{self._port}",
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec"), credentials],
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec"), self._hold, credentials],
             verify=self._tls,
             timeout=CONTROL_TIMEOUT_S,
         )
@@ -822,10 +866,112 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _superlink_process(arguments: list[str]) -> None:
-    from flwr.superlink.cli import flower_superlink  # noqa: PLC0415 - a web server that the other processes do not need
+    # A web server that the other processes do not need.
+    from flwr.superlink import extensions  # noqa: PLC0415
+    from flwr.superlink.cli import flower_superlink  # noqa: PLC0415
+    from starlette.middleware import Middleware  # noqa: PLC0415
 
+    board = _board()
+    extensions.get_middleware = lambda: (Middleware(Holding, board=board),)
+    extensions.get_lifespan_contexts = lambda: (lambda _app: closing(board, _before_the_end),)
     sys.argv = ["flower-superlink", *arguments]
     flower_superlink()
+
+
+def _before_the_end(act: Callable[[], object]) -> None:
+    """Have SIGTERM and SIGINT do this first: the web server ends only when every request has its answer."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        end = signal.getsignal(number)
+
+        def handle(number: int, frame: Any, end: Any = end) -> None:
+            act()
+            if callable(end):
+                end(number, frame)
+
+        signal.signal(number, handle)
+
+
+def _board() -> Board:
+    """What is looked for at the SuperLink, and which of its requests bring that about."""
+    uploads = _Uploads()
+    return Board(
+        looks={
+            "/v1/fleet/pull-messages": _reading(PullMessagesRequest, lambda look: {_node(look.node.node_id)}),
+            "/v1/runtime/pull-messages": _reading(
+                PullAppMessagesRequest, lambda look: {_answer_to(message_id) for message_id in look.message_ids}
+            ),
+            "/v1/runtime/acquire-task": _reading(AcquireTaskRequest, lambda _look: {A_RUN}),
+        },
+        news={
+            "/v1/runtime/push-messages": uploads.announced(
+                PushAppMessagesRequest, PushAppMessagesResponse, lambda about: _node(about.dst_node_id)
+            ),
+            "/v1/fleet/push-messages": uploads.announced(
+                PushMessagesRequest, PushMessagesResponse, lambda about: _answer_to(about.reply_to_message_id)
+            ),
+            "/v1/runtime/push-object": uploads.stored,
+            "/v1/fleet/push-object": uploads.stored,
+            "/v1/control/start-run": lambda _request, _answer: News(told=frozenset({A_RUN})),
+            "/v1/control/unregister-node": lambda request, _answer: News(
+                told=frozenset({_node(UnregisterNodeRequest.FromString(request).node_id)})
+            ),
+            # A node that leaves may be waiting for the answer to a look of its own.
+            "/v1/fleet/deactivate-node": lambda request, _answer: News(
+                dismissed=frozenset({_node(DeactivateNodeRequest.FromString(request).node_id)})
+            ),
+        },
+    )
+
+
+def _node(node_id: int) -> str:
+    return f"node {node_id}"
+
+
+def _answer_to(message_id: str) -> str:
+    return f"answer to {message_id}"
+
+
+def _reading(kind: Any, names: Callable[[Any], set[str]]) -> Asked:
+    def read(body: bytes) -> frozenset[str]:
+        try:
+            return frozenset(names(kind.FromString(body)))
+        except DecodeError:
+            return frozenset()  # Flower refuses it
+
+    return read
+
+
+class _Uploads:
+    """Messages that are announced, until the last piece of them is there: then there is something to fetch."""
+
+    def __init__(self) -> None:
+        self._sessions: OrderedDict[str, tuple[frozenset[str], set[str]]] = OrderedDict()
+
+    def announced(self, request_kind: Any, answer_kind: Any, name: Callable[[Any], str]) -> Happened:
+        """Read an announcement, which tells those whom it concerns at once where no piece is missing."""
+
+        def happened(request: bytes, answer: bytes) -> News:
+            messages, taken = request_kind.FromString(request).messages_list, answer_kind.FromString(answer)
+            names = frozenset(name(message.metadata) for message in messages)
+            missing = set(taken.objects_to_push)
+            if not missing:
+                return News(told=names)
+            self._sessions[taken.session_id] = names, missing
+            while len(self._sessions) > OPEN_UPLOADS:
+                self._sessions.popitem(last=False)
+            return News()
+
+        return happened
+
+    def stored(self, request: bytes, _answer: bytes) -> News:
+        """Read one piece's upload."""
+        piece = PushObjectRequest.FromString(request)
+        names, missing = self._sessions.get(piece.session_id, (frozenset(), set()))
+        missing.discard(piece.object_id)
+        if missing or not names:
+            return News()
+        del self._sessions[piece.session_id]
+        return News(told=names)
 
 
 def _superexec_process(arguments: list[str]) -> None:
