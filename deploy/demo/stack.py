@@ -116,6 +116,11 @@ class Program:
         wait_until(seen, f"{pattern!r} in the log of {self.name}", deadline_s, self.require_running)
         return found[0]
 
+    def ask_to_end(self) -> None:
+        """Send it SIGTERM, if it still runs, and go on."""
+        if self.process is not None and self.running():
+            self.process.terminate()
+
     def kill(self) -> None:
         """kill -9 the program alone, as a crash would; what it started must notice by itself."""
         os.kill(self.pid, signal.SIGKILL)
@@ -127,7 +132,7 @@ class Program:
         if self.process is None:
             return None
         if self.running():
-            self.process.terminate()
+            self.ask_to_end()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_DEADLINE_S)
         with suppress(ProcessLookupError):
@@ -285,6 +290,10 @@ class Stack:
         return Trust(ca_pem=self.ca_file.read_text())
 
     def start_mlflow(self) -> None:
+        """Start the tracking server and wait until it answers."""
+        self._wait_for_mlflow(self._launch_mlflow())
+
+    def _launch_mlflow(self) -> Program:
         """Start the tracking server over TLS, with the certificate that the gateway made for this machine."""
         script = Path(__file__).parents[2] / "services" / "mlflow" / "serve.py"
         env = self._base_env() | {
@@ -294,7 +303,9 @@ class Stack:
             "MEDHIVE_MLFLOW_TLS_CERT": str(self.gateway_state / "tls" / "mlflow.crt"),
             "MEDHIVE_MLFLOW_TLS_KEY": str(self.gateway_state / "tls" / "mlflow.key"),
         }
-        program = self._program("mlflow", [sys.executable, str(script)], env)
+        return self._program("mlflow", [sys.executable, str(script)], env)
+
+    def _wait_for_mlflow(self, program: Program) -> None:
         wait_until(self._mlflow_ready, "MLflow's /health", START_DEADLINE_S, program.require_running)
 
     def _mlflow_ready(self) -> bool:
@@ -314,17 +325,24 @@ class Stack:
         return self._program(site, ["medhive-site", "run"], self.site_env(site))
 
     def start(self) -> str | None:
-        """Start the coordinator's services in order; returns the admin's password at the first start."""
+        """Start the coordinator's services, the gateway first; returns the admin's password at the first start."""
         password = self.start_gateway()
-        if self.mlflow:
-            self.start_mlflow()
+        mlflow = self._launch_mlflow() if self.mlflow else None
         self.start_server()
+        if mlflow:
+            self._wait_for_mlflow(mlflow)
         return password
 
     def stop(self) -> None:
-        """Stop everything, hospitals first."""
-        for program in reversed(self.programs.values()):
-            program.stop()
+        """Stop everything: hospitals first, which say goodbye, and last the gateway, to which all others talk."""
+        services = {name: self.programs[name] for name in ("server", "mlflow", "gateway") if name in self.programs}
+        hospitals = [program for name, program in self.programs.items() if name not in services]
+        gateway = [services.pop("gateway")] if "gateway" in services else []
+        for programs in (hospitals, [*services.values()], gateway):
+            for program in programs:
+                program.ask_to_end()
+            for program in programs:
+                program.stop()
 
     # ---- commands, as people type them
 
@@ -393,8 +411,11 @@ class Stack:
     def join(self, site: str, *studies: str) -> None:
         """Invite one hospital and let it join."""
         words = [word for study in studies for word in ("--study", study)]
-        invite = self.admin_json("invite", site, *words)
-        self.site(site, "join", env={"JOIN_TOKEN": invite["token"]})
+        self.join_with(site, self.admin_json("invite", site, *words)["token"])
+
+    def join_with(self, site: str, token: str) -> None:
+        """Let one hospital join by its invite."""
+        self.site(site, "join", env={"JOIN_TOKEN": token})
 
     def wait_for_run(self, run_id: str, deadline_s: float) -> dict[str, Any]:
         """Wait until a run has ended; returns it."""

@@ -20,7 +20,7 @@ SHORT_DEADLINE_S = 10.0  # a training takes a fraction of a second here; a busy 
 @pytest.fixture(scope="module")
 def newcomer(world: World) -> str:
     """A hospital whose node was started while its coordinator was away, and a study of it with A and B."""
-    world.add_hospital(NEW, start=False)
+    world.add_hospital(NEW)
     world.kill_server()
     world.stack.programs["gateway"].kill()
     program = world.stack.start_site(NEW)

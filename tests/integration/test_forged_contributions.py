@@ -40,7 +40,7 @@ class Forger(FleetConnection):
 @pytest.fixture(scope="module")
 def forger(world: World) -> Iterator[Forger]:
     """The fleet connection of a hospital that has joined, with its own registered key, and takes part in nothing."""
-    world.add_hospital(FORGER, start=False)
+    world.add_hospital(FORGER)
     world.sites.remove(FORGER)
     with world.site(FORGER) as site:
         fleet = Forger(address=site.identity.fleet_url, tls=site.identity.tls(), node_key=site.keys.node_file)

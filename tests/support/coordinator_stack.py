@@ -54,6 +54,7 @@ from medhive.wire import (
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "a long password for tests"
+HOLD_S = 20.0  # as a hospital's node lets its looks be held
 CLASSES = ("benign", "malignant")
 
 
@@ -373,9 +374,11 @@ class LightHospital:
         closer.start()
         try:
             with connection:
-                while not self._done.wait(0.1):
-                    inbound = connection.receive()
-                    if inbound is not None:
+                while not self._done.is_set():
+                    inbound = connection.receive(HOLD_S)
+                    if inbound is None:
+                        self._done.wait(0.1)  # it may not have been held
+                    else:
                         connection.confirm(inbound)
                         self._answer(connection, inbound)
         except FleetClosed:

@@ -54,18 +54,16 @@ class World:
 
     # ---- hospitals
 
-    def add_hospital(self, name: str, *studies: str, start: bool = True) -> None:
+    def add_hospital(self, name: str, *studies: str) -> None:
         """Let a hospital join with made data, train on one thread, and agree by itself to runs of `studies`."""
         make_phantoms(self.stack.site_folder(name) / "data", IMAGES_PER_CLASS, seed=len(self.sites) + 1)
         fix_split(self.stack.site_folder(name) / "state", name)
-        self.stack.join(name, *studies)
+        self.stack.join_with(name, self.admin.post(f"{API}/invites", {"site": name, "studies": studies})["token"])
         with self.site(name) as site:
             Limits(cpu_threads=1, device="cpu").save(site.store)
         if studies:
             self.allow(name, *studies)
         self.sites.append(name)
-        if start:
-            self.connect(name)
 
     def allow(self, name: str, *studies: str) -> None:
         """Put a policy in force that agrees to every run of these studies."""
@@ -323,9 +321,10 @@ def running_world(folder: Path, *, mlflow: bool = False, sites: Sequence[str] = 
         stack.login(password)
         world = World(stack, logged_in(stack, password), password)
         try:
+            programs = []
             for name in sites:
-                world.add_hospital(name, start=False)
-            programs = [stack.start_site(name) for name in sites]
+                world.add_hospital(name)
+                programs.append(stack.start_site(name))
             for program in programs:
                 program.wait_for("connected to the fleet")
             yield world

@@ -56,6 +56,7 @@ from fl_client.tasks import (
     Workspace,
     load_task,
 )
+from fl_client.uncompiled import leave_out_the_compiler
 from medhive.errors import InvalidInput, MedHiveError, NoSpace
 from medhive.packing import read_weights, write_weights
 
@@ -518,6 +519,7 @@ def main() -> None:
 
     trainer = Trainer(tell)
     threading.Thread(target=read_commands, args=(sys.stdin.buffer, trainer), daemon=True, name="commands").start()
+    leave_out_the_compiler()
     apply_limits(setup.get("memory_bytes"), setup.get("gpu_memory_fraction"))
     give_way()
     trainer.serve()

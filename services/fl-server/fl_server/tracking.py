@@ -39,8 +39,8 @@ from medhive.wire import API, NOT_ADDRESSED, RoundAnswer, RunAnswer, VersionAnsw
 
 PASS_S = 2.0
 """How soon a closed round shows in MLflow."""
-LONGEST_WAIT_S = 15.0
-"""Between two looks at an MLflow server that is away."""
+LONGEST_WAIT_S = 5.0
+"""Between two looks at an MLflow server that is away; a look is one connection beside this process, or a refused one."""
 STUDIES_S = 20.0
 """How soon a roll-back, and a queue's version, which change no run, show in MLflow."""
 OVERLAP = timedelta(seconds=10)
