@@ -14,7 +14,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 HERE = Path(__file__).parent
-FIRST = ("faults", "integration", "fl_server", "fl_client")
+FIRST = ("faults", "integration", "simulator", "fl_server", "fl_client")
 # Files that share a coordinator, by its fixture; any other file goes to a worker by itself.
 TOGETHER = {
     "faults": "world of faults",

@@ -41,6 +41,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def is_taken(port: int) -> bool:
+    """Whether something listens on this port of loopback: asked before anything dearer is."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def wait_until(
     ready: Callable[[], bool], what: str, deadline_s: float, alive: Callable[[], None] | None = None
 ) -> None:
@@ -279,7 +285,7 @@ class Stack:
         return match.group(1) if match else None
 
     def _gateway_ready(self) -> bool:
-        if not self.ca_file.exists():
+        if not self.ca_file.exists() or not is_taken(self.ports["gateway"]):
             return False
         with suppress(httpx.TransportError, OSError):
             return httpx.get(f"{self.url}/ready", verify=self.trust().context()).status_code == httpx.codes.OK
@@ -309,6 +315,8 @@ class Stack:
         wait_until(self._mlflow_ready, "MLflow's /health", START_DEADLINE_S, program.require_running)
 
     def _mlflow_ready(self) -> bool:
+        if not is_taken(self.ports["mlflow"]):
+            return False
         with suppress(httpx.TransportError):
             return httpx.get(f"{self.mlflow_url}/health", verify=self.trust().context()).status_code == httpx.codes.OK
         return False
@@ -418,16 +426,17 @@ class Stack:
         self.site(site, "join", env={"JOIN_TOKEN": token})
 
     def wait_for_run(self, run_id: str, deadline_s: float) -> dict[str, Any]:
-        """Wait until a run has ended; returns it."""
-        ended = {"completed", "failed", "cancelled", "expired"}
-        last: dict[str, Any] = {}
-
-        def over() -> bool:
-            last.update(self.admin_json("show", run_id))
-            return last["state"] in ended
-
-        wait_until(over, f"the end of {run_id}", deadline_s, self._require_all)
-        return last
+        """Follow a run on the coordinator's live stream until it has ended; returns it."""
+        log = self.folder / "logs" / f"watch-{run_id}.log"
+        follower = Program("watch", ["medhive-admin", "watch", run_id], self.admin_env(), log).start()
+        try:
+            wait_until(lambda: not follower.running(), f"the end of {run_id}", deadline_s, self._require_all)
+        finally:
+            follower.stop()
+        run: dict[str, Any] = self.admin_json("show", run_id)
+        if run["state"] not in {"completed", "failed", "cancelled", "expired"}:
+            raise StackError(f"{run_id} was followed no longer, though it is {run['state']}:\n{follower.tail()}")
+        return run
 
     def _require_all(self) -> None:
         for program in self.programs.values():
