@@ -28,6 +28,7 @@ WRITER, READER = "writer", "reader"
 LOGIN_FILES = ("WRITER_PASSWORD_FILE", "READER_PASSWORD_FILE", "COOKIE_SECRET_FILE")
 PASSWORD_CHECKED_EVERY_S = 60  # MLflow's slow hash of a password costs more than most of its answers
 METRICS, PREPARE = "metrics", "prepare"
+DATABASE = "mlflow.db"
 PARENT_LOOK_S = 1.0
 LOOK_S = 1.0  # how soon the server's own end, or a new certificate, is noticed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -66,7 +67,7 @@ def _state_folder(environment: Mapping[str, str]) -> Path:
 def _database(environment: Mapping[str, str]) -> str:
     given = environment.get(f"{PREFIX}DATABASE_URL_FILE")
     if not given:
-        return f"sqlite:///{_state_folder(environment) / 'mlflow.db'}"
+        return f"sqlite:///{_state_folder(environment) / DATABASE}"
     url = Path(given).read_text("utf-8").strip()
     # SQLAlchemy's default driver is another one than the gateway's.
     return url.replace("postgresql://", "postgresql+psycopg://", 1)
@@ -155,12 +156,16 @@ def ensure_logins(environment: Mapping[str, str]) -> None:
 
 
 def ensure_schema(environment: Mapping[str, str]) -> None:
-    """Bring the database of an older MLflow to this one's shape; nothing to do, and nothing imported, without a new version.
+    """Bring the database of an older MLflow to this one's shape; nothing to do, and nothing imported, without a new version
+    or a database.
 
     The server makes a new database's tables by itself, but refuses an older version's. One server runs at a time.
     """
     done, version = _state_folder(environment) / "schema.version", metadata.version("mlflow")
     if done.exists() and done.read_text("utf-8") == version:
+        return
+    if not environment.get(f"{PREFIX}DATABASE_URL_FILE") and not (_state_folder(environment) / DATABASE).exists():
+        done.write_text(version, "utf-8")
         return
     from mlflow.store.db import utils  # noqa: PLC0415 - takes seconds, needed once
 

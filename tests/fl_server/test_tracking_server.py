@@ -102,6 +102,19 @@ def test_a_renewed_certificate_starts_the_server_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # of MLflow's own code
+def test_a_new_state_folder_needs_no_look_at_its_database(
+    serve: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow.store.db", None)  # may not be imported
+    settings = {"MEDHIVE_MLFLOW_STATE_DIR": str(tmp_path)}
+    serve.ensure_schema(settings)
+    (tmp_path / "mlflow.db").touch()
+    serve.ensure_schema(settings)
+    (tmp_path / "schema.version").write_text("3.0.0")
+    with pytest.raises(ImportError):
+        serve.ensure_schema(settings)
+
+
 def test_an_older_mlflows_database_is_brought_up_to_date(serve: ModuleType, tmp_path: Path) -> None:
     environment = {"MEDHIVE_MLFLOW_STATE_DIR": str(tmp_path)}
     engine = utils.create_sqlalchemy_engine(f"sqlite:///{tmp_path / 'mlflow.db'}")
