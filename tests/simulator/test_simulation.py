@@ -24,6 +24,7 @@ from medhive.errors import InvalidInput, MedHiveError
 from medhive.packing import read_weights, sha256_file, write_weights
 from medhive.strategies import Update, make_strategy
 from medhive.terminal import main
+from simulator import results
 from simulator.clients import ClientStates
 from simulator.command import simulate_command, simulation_of
 from simulator.desk import END, MODEL, RECORD
@@ -245,6 +246,32 @@ def test_the_mlflow_run_has_every_round_and_the_files(table: Path, monkeypatch: 
     assert names >= {"fedmedian, 12 clients, iid", "fedmedian, 12 clients, iid, dropout 0.1"}
     with pytest.raises(TrackingFailed, match=r"MLflow at .*nowhere"):
         run(table / "other", flags, mlflow_uri="http://nowhere.invalid:1")
+
+
+def test_an_mlflow_that_goes_away_stops_nothing_and_is_told_later(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient  # noqa: PLC0415 - seconds of imports
+
+    def away(*_: object) -> None:
+        raise OSError("it is away")
+
+    monkeypatch.chdir(table)
+    uri, out = f"sqlite:///{table}/mlflow.db", table / "out"
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(results, "log_values", away)
+        assert main(simulate_command, arguments(table_flags(table, mlflow=uri), out)) == 1
+    said = capsys.readouterr()
+    assert "completed" in said.out and str(out / "report.html") in said.out
+    assert said.err.count("it is away") == 2, "when it happens, and at the end"
+    client = MlflowClient(tracking_uri=uri)
+    mlflow_id = (out / "mlflow-run").read_text()
+    assert client.get_run(mlflow_id).info.status == "RUNNING"
+    before = (out / "summary.json").read_bytes()
+    assert main(simulate_command, arguments(table_flags(table, mlflow=uri), out)) == 0
+    assert client.get_run(mlflow_id).info.status == "FINISHED"
+    assert [item.step for item in client.get_metric_history(mlflow_id, "train_loss")] == [1, 2, 3]
+    assert (out / "summary.json").read_bytes() == before
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------------

@@ -139,15 +139,18 @@ def simulate_command(terminal: Terminal, /, **given: Any) -> None:
     The result folder gets the curves, tables, a summary, the weights and a page to open. A simulation that was stopped goes
     on when the same command is given again, and ends with the same bits.
     """
+    from simulator.run import UNTOLD  # noqa: PLC0415 - seconds of imports that --help need not pay
+
     strategies = given.pop("compare")
     if strategies is not None:
         _compare(terminal, given, strategies)
         return
     summary = _run(terminal, given)
     terminal.result(summary, lambda: _show(terminal, summary))
-    if summary["state"] != "completed":
-        terminal.note(f"error: {summary['reason']}")
-        click.get_current_context().exit(FAILED)
+    for problem in (summary["reason"] if summary["state"] != "completed" else "", summary.get(UNTOLD)):
+        if problem:
+            terminal.note(f"error: {problem}")
+            click.get_current_context().exit(FAILED)
 
 
 def _run(terminal: Terminal, given: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from simulator import page
 from simulator.desk import Record, ended
 from simulator.faults import Faults
 from simulator.results import CURVES, PAGE, panels_with_test
-from simulator.run import Listener, Prepared, partition_text, prepare, require_possible, simulate
+from simulator.run import UNTOLD, Listener, Prepared, partition_text, prepare, require_possible, simulate
 from simulator.study import Simulation
 
 ALL: Final = "all"
@@ -86,6 +86,8 @@ def compare(
             listener.on_line(f"{strategy}, {fault}")
             folder = folder_of(strategy, fault)
             told = simulate(replace(one, faults=faults), out / folder, listener, mlflow_uri, prepared)
+            if UNTOLD in told:
+                listener.on_line(told[UNTOLD])
             cells.append(_cell(strategy, fault, told))
     _write(out, cells)
     panels = panels_by_fault(out, cells)

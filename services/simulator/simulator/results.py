@@ -314,6 +314,12 @@ class Tracking:
             yield
         except (MlflowException, OSError, ModuleNotFoundError) as error:
             raise TrackingFailed(
-                f"MLflow at {self._uri.rpartition('@')[2]} does not take the run: {str(error)[:MAX_PARAM]} Start it and "
+                f"MLflow at {self._uri.rpartition('@')[2]} does not take the run: {_brief(error)} Start it and "
                 "give the same command again, or leave out --mlflow and MLFLOW_TRACKING_URI."
             ) from error
+
+
+def _brief(error: Exception) -> str:
+    """What MLflow says, in one sentence where it is only that nobody answers."""
+    text = str(error)
+    return "it does not answer." if "Max retries exceeded" in text else text[:MAX_PARAM]

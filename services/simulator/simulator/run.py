@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from medhive.packing import Flat, read_weights
 from medhive.strategies import make_strategy
 from medhive.wire import RunEnd
 from simulator.clients import MAX_JUDGES, ClientStates, InlineSites
-from simulator.desk import MODEL, RecordedRound, ResultDesk, ended
+from simulator.desk import MODEL, Record, RecordedRound, ResultDesk, ended
 from simulator.faults import Fates
 from simulator.federation import Federation, Source, secret_of
 from simulator.results import (
@@ -40,6 +41,10 @@ from simulator.results import (
 from simulator.study import Simulation
 
 IDENTITY, WORK, STATES = "simulation.json", "work", "clients"
+UNTOLD = "untold"
+"""In an answer, not in the folder: why MLflow has not heard of it."""
+TRACKING_PAUSE_S = 60.0
+"""Between two tries to reach an MLflow that is away: one may take as long as its time-out."""
 
 
 class OtherSimulation(Conflict):
@@ -209,28 +214,40 @@ class _Work:
         title = title_of({"simulation": identity, **self._facts})
         self._tracking = Tracking(mlflow_uri, out, identity, title) if mlflow_uri else None
         self._open = 0
+        self._tell_again_at = 0.0
 
     def run(self) -> dict[str, Any]:
-        if (self._out / SUMMARY).exists() and not self._tracking:
-            return dict(json.loads((self._out / SUMMARY).read_text("utf-8")))
+        if not (self._out / SUMMARY).exists():
+            self._complete()
+        for folder in (WORK, STATES):
+            shutil.rmtree(self._out / folder, ignore_errors=True)
+        summary = dict(json.loads((self._out / SUMMARY).read_text("utf-8")))
+        untold = self._tell_all()
+        return {**summary, UNTOLD: untold} if untold else summary
+
+    def _complete(self) -> None:
+        """Do what is left of the rounds, and write the results."""
         desk = self._desk()
         end = ended(self._out) or self._rounds(desk)
-        rounds = desk.record.rounds
-        heldout = self._heldout(end)
-        extra = {**self._facts, "heldout": heldout, "out": str(self._out)}
-        summary = summary_of(self._identity, end, rounds, extra)
+        extra = {**self._facts, "heldout": self._heldout(end), "out": str(self._out)}
+        summary = summary_of(self._identity, end, desk.record.rounds, extra)
         classes = self._simulation.spec.data.classes
         counts = self._federation.class_counts()
         names = self._federation.names
         write_results(self._out, summary, end, desk.record, clients=names, counts=counts, classes=classes)
-        if self._tracking:
-            # All once more: what a server that was away for a while has not heard.
-            values = [value for item in rounds for value in own_values(item)]
-            self._tracking.tell([*values, *final_values(end, rounds)])
+
+    def _tell_all(self) -> str:
+        """Tell MLflow all once more, for it may have been away; why it has not heard it, else nothing."""
+        end = ended(self._out)
+        if self._tracking is None or end is None:
+            return ""
+        rounds = Record(self._out).rounds
+        try:
+            self._tracking.tell([*(value for item in rounds for value in own_values(item)), *final_values(end, rounds)])
             self._tracking.finish(end.state)
-        for folder in (WORK, STATES):
-            shutil.rmtree(self._out / folder, ignore_errors=True)
-        return summary
+        except TrackingFailed as error:
+            return str(error)
+        return ""
 
     def _desk(self) -> ResultDesk:
         def judge(path: Path, number: int) -> dict[str, float]:
@@ -312,11 +329,18 @@ class _Work:
     def _on_closed(self, recorded: RecordedRound) -> None:
         self._open = 0
         self._listener.on_line(round_text(recorded, self._options.rounds))
-        if self._tracking:
-            try:
-                self._tracking.tell(own_values(recorded))
-            except TrackingFailed as error:
-                self._listener.on_line(f"{error} It is told again at the end.")
+        if self._tracking is not None and time.monotonic() >= self._tell_again_at:
+            self._tell(self._tracking, recorded)
+
+    def _tell(self, tracking: Tracking, recorded: RecordedRound) -> None:
+        """Have MLflow hear of a round; one that is away holds up a round now and then, and is complained of once."""
+        try:
+            tracking.tell(own_values(recorded))
+            self._tell_again_at = 0.0
+        except TrackingFailed as error:
+            if not self._tell_again_at:
+                self._listener.on_line(f"{error} The rounds go on, and it is told all at the end.")
+            self._tell_again_at = time.monotonic() + TRACKING_PAUSE_S
 
 
 def round_text(recorded: RecordedRound, rounds: int) -> str:
