@@ -1,5 +1,6 @@
 """The command line of `medhive-simulate`."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -44,6 +45,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 }
 DEFAULT_SEED: Final = 42
 LOG, PAGE = "log.jsonl", "report.html"
+ADDRESS: Final = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}")
 OWN_FLAGS: Final = (
     "task",
     "data",
@@ -62,6 +64,7 @@ OWN_FLAGS: Final = (
     "together",
     "backend",
     "workers",
+    "ray_address",
     "device",
 )
 NOT_SIMULATED: Final = ("deadline_s", "consent_deadline_s")  # nobody waits for anybody here
@@ -120,7 +123,12 @@ NOT_SIMULATED: Final = ("deadline_s", "consent_deadline_s")  # nobody waits for 
     show_default=True,
     help="Where clients run: in this process, or in several, by Flower's simulation engine on Ray.",
 )
-@click.option("--workers", type=click.IntRange(1), help="Processes of the backend ray [one a core, or a GPU].")
+@click.option("--workers", type=click.IntRange(1), help="Processes of the backend ray [one a core].")
+@click.option(
+    "--ray-address",
+    metavar="HOST:PORT",
+    help="A Ray cluster that runs already, for the backend ray on several machines.",
+)
 @click.option(
     "--device", default=DEFAULTS["device"], show_default=True, help="cpu, cuda, cuda:0, or auto for the best there is."
 )
@@ -248,6 +256,7 @@ def simulation_of(flags: Mapping[str, Any]) -> "Simulation":
         device=own["device"],
         together=own["together"],
         workers=_workers(own["backend"], own["workers"], own["together"]),
+        ray_address=_ray_address(own["backend"], own["ray_address"]),
     )
 
 
@@ -270,6 +279,16 @@ def _workers(backend: str, workers: int | None, together: int) -> int | None:
             "The backend ray needs Ray, which is not here: pip install 'medhive-simulator[ray]', or leave out --backend."
         )
     return workers
+
+
+def _ray_address(backend: str, address: str | None) -> str | None:
+    if address is None:
+        return None
+    if backend == INLINE:
+        raise InvalidInput("--ray-address is of --backend ray.")
+    if not ADDRESS.fullmatch(address):
+        raise InvalidInput(f"{address} is no address of a Ray cluster; give HOST:PORT, as `ray start --head` names it.")
+    return address
 
 
 def _trained(test: Path | None, validation_share: float | None) -> frozenset[str]:

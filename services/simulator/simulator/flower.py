@@ -3,7 +3,8 @@
 The round loop is the ServerApp here as in a deployment, in this process and its main thread; the engine runs beside it in a
 thread, and has actors of Ray work off the messages. Each actor reads the data once and does a client's work as
 `simulator.clients` does it inline, so that both give the same weights. Messages carry the question and what a client says;
-weights and updates lie on the disk that all processes share.
+weights and updates lie on the disk that all processes share. Ray is this command's own, or a cluster of several machines
+that runs already. Each actor shows, before it is given work, that it is the same program and finds the same files.
 
 Flower's `run_simulation` is not used: it keeps the main thread for the engine, which then cannot be interrupted while a
 client trains. What is taken from Flower here is internal to one exact version, and in this module alone.
@@ -15,11 +16,13 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -27,10 +30,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-# Ray reads these when it is imported. Its ports are on loopback, where other users of the machine are too: so a token.
+# Ray reads these when it is imported. Other users reach its ports, on loopback too: so a token. Unless it is told that this
+# machine is no part of a cluster it puts another address in the place of loopback, and listens on all there are.
 os.environ |= {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
     "FLWR_TELEMETRY_ENABLED": "0",
 }
@@ -46,6 +50,7 @@ from flwr.server.superlink.fleet.vce.metrics import VceMetrics
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
 from flwr.server.superlink.linkstate.utils import generate_rand_int_from_bytes
+from flwr.simulation.ray_transport.ray_actor import BasicActorPool, ClientAppActor, pool_size_from_resources
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run
@@ -53,12 +58,16 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import InMemoryGrid
 from pydantic import TypeAdapter
+from ray._raylet import AuthenticationMode, AuthenticationTokenLoader  # type: ignore[attr-defined]
 
+from fl_server.checkpoint import write_durably
 from fl_server.collect import REASON_LENGTH, Collected, Question
 from fl_server.flower import RunStopped
 from fl_server.rounds import Check, Refuse
+from medhive import __version__
 from medhive.envelope import ContributionBody, TaskType
-from medhive.errors import MedHiveError, NoSpace
+from medhive.errors import Conflict, MedHiveError, NoSpace, Unreachable
+from medhive.leftovers import temporary_beside
 from medhive.packing import Flat, read_weights
 from medhive.spec import RunOptions
 from simulator.clients import ClientStates, InlineSites, Lost, OnClient, counted
@@ -77,6 +86,10 @@ POLL_S: Final = 0.01
 """How soon an answer is seen: Flower's grid in one process can only be asked."""
 END_S: Final = 10.0
 """The engine's threads look at each second whether to end."""
+CONNECT_S: Final = 5.0
+"""How long a cluster's address may take to answer; Ray itself would try for minutes."""
+START_S: Final = 120.0
+"""How long actors may take to come up; a busy machine needs seconds for each, and without a free core they never do."""
 LOOPBACK: Final = "127.0.0.1"
 
 QUESTION: Final = TypeAdapter(Question)
@@ -86,6 +99,24 @@ class EngineLost(RunStopped):
     """A process of the engine ended, or cannot do its work. The run is open: the same command goes on with it."""
 
     code = "engine-lost"
+
+
+class ClusterUnreachable(Unreachable):
+    """The Ray cluster that was named does not answer, or not to this command."""
+
+    code = "ray-unreachable"
+
+
+class NoRoom(Conflict):
+    """The Ray cluster has no place for as many actors."""
+
+    code = "ray-no-room"
+
+
+class MachineUnfit(Conflict):
+    """A machine of the Ray cluster cannot do this work; the text names it."""
+
+    code = "ray-machine-unfit"
 
 
 # In the actors
@@ -112,7 +143,10 @@ class _Resident:
     def __init__(self, work: Work) -> None:
         federation = work.simulation.read_clients()
         if federation.fingerprint != work.fingerprint:
-            raise DataDiffer("The data have changed since the simulation began; give the same command again.")
+            raise DataDiffer(
+                f"{work.simulation.data} holds other data than where the command runs; share that folder, or copy it there. "
+                "Where the data have changed since the simulation began, give the same command again."
+            )
         options, faults = work.simulation.spec.options, work.simulation.faults
         self._clients = InlineSites(
             federation,
@@ -148,14 +182,63 @@ _residents: dict[str, _Resident] = {}
 """Of this actor's process: one, for it serves one simulation."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What an actor says of its machine: how it is called, whose program and which text it found there, and whether Ray asks
+    for a token."""
+
+    machine: str
+    version: str
+    text: str
+    is_guarded: bool
+
+
+def look_at(path: Path) -> Callable[[Any], tuple[str, str, str, bool]]:
+    """What an actor is asked first, answered by the values of `Seen`. A closure, so that Ray sends its code: MedHive may be
+    missing there.
+
+    Args:
+        path: a file that the round loop has just written, by a name that nobody has heard before.
+    """
+    name, guarded = str(path), int(AuthenticationMode.TOKEN)
+
+    def look(_actor: Any) -> tuple[str, str, str, bool]:
+        import socket  # noqa: PLC0415 - on another machine
+        from pathlib import Path  # noqa: PLC0415
+
+        import ray  # noqa: PLC0415
+        from ray._raylet import get_authentication_mode  # type: ignore[attr-defined]  # noqa: PLC0415
+
+        try:
+            import simulator  # noqa: F401, PLC0415
+            from medhive import __version__ as version  # noqa: PLC0415
+        except ImportError:
+            version = ""
+        try:
+            text = Path(name).read_text("utf-8")
+        except OSError:
+            text = ""
+        machine = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+        return machine, version, text, int(get_authentication_mode()) == guarded
+
+    return look
+
+
+def read_data(_actor: Any, work: Work) -> str:
+    """Have an actor read its data; returns why it cannot."""
+    try:
+        _residents[work.fingerprint] = _Resident(work)
+    except MedHiveError as error:
+        return str(error)
+    return ""
+
+
 def client_app(work: Work) -> ClientApp:
     """Flower's `ClientApp`: a client's work, by whoever is named in the message."""
     app = ClientApp()
 
     @app.query()  # type: ignore[untyped-decorator]
     def query(message: Message, _context: Context) -> Message:
-        if work.fingerprint not in _residents:
-            _residents[work.fingerprint] = _Resident(work)
         payload = message.content[FIELD][FIELD]
         reply = _residents[work.fingerprint].answer(payload)
         return Message(RecordDict({FIELD: ConfigRecord({FIELD: reply})}), reply_to=message)
@@ -166,17 +249,113 @@ def client_app(work: Work) -> ClientApp:
 # In the process of the round loop
 
 
+@dataclass(frozen=True)
+class Room:
+    """How many actors there may be, and what of Ray's resources each of them takes."""
+
+    actors: int
+    each: Mapping[str, float]
+
+
 class _Backend(RayBackend):  # type: ignore[misc]
     """Flower's, whose actors can be ended while they work, and which leaves Ray to the one who began it."""
 
+    def __init__(self, room: Room) -> None:
+        """Begin the actors, spread over the machines."""
+        super().__init__({"client_resources": dict(room.each)})
+        self.pool = BasicActorPool(ClientAppActor, self.client_resources, self.actor_kwargs)
+        spread = ClientAppActor.options(scheduling_strategy="SPREAD", **self.client_resources)
+        self.pool.create_actor_fn = spread.remote
+        self.pool.add_actors_to_pool(room.actors)
+
+    def build(self, app_fn: Callable[[], ClientApp]) -> None:
+        """Take what the actors, which are there already, shall run."""
+        self.app_fn = app_fn
+
+    def prepare(self, work: Work, meeting: Path) -> None:
+        """Have every actor show that it is fit for the work, and read its data.
+
+        Args:
+            work: what they will do.
+            meeting: a new file's name in the result folder.
+
+        Raises:
+            NoRoom: not all of them have come up.
+            MachineUnfit: one is another program, has no token, or does not find the same files.
+            EngineLost: one ended.
+        """
+        text = secrets.token_hex(32)
+        write_durably(meeting, text.encode())
+        try:
+            for seen in self._seen(meeting):
+                require_fit(seen, text, meeting)
+        finally:
+            meeting.unlink(missing_ok=True)
+        for actor, reason in zip(self.pool.pool, _gathered(self._ask(read_data, work)), strict=True):
+            if reason:
+                raise MachineUnfit(f"{self._machines[actor]} cannot read the data: {reason}")
+
+    def _ask(self, function: Callable[..., Any], *values: Any) -> list[Any]:
+        return [actor.__ray_call__.remote(function, *values) for actor in self.pool.pool]
+
+    def _seen(self, meeting: Path) -> list[Seen]:
+        asked = self._ask(look_at(meeting))
+        ready, waiting = ray.wait(asked, num_returns=len(asked), timeout=START_S)
+        if waiting:
+            raise NoRoom(
+                f"Only {len(ready)} of {len(asked)} processes of Ray have come up in {START_S:g} s: the cluster has other "
+                f"work, or too little memory. Wait for it, or give --workers {max(1, len(ready))}."
+            )
+        seen = [Seen(*told) for told in _gathered(asked)]
+        self._machines = {actor: item.machine for actor, item in zip(self.pool.pool, seen, strict=True)}
+        return seen
+
     def kill(self) -> None:
         """End the actors at once, whatever they do; who waits for them is told."""
-        if self.pool is not None:
-            for actor in [*self.pool.pool, *self.pool._future_to_actor.values()]:
-                ray.kill(actor)
+        for actor in [*self.pool.pool, *self.pool._future_to_actor.values()]:
+            ray.kill(actor)
 
     def terminate(self) -> None:
         """Nothing: `Engine.close` does it."""
+
+
+def _gathered(asked: Sequence[Any]) -> list[Any]:
+    """What actors answer. Raises `EngineLost`."""
+    try:
+        return list(ray.get(list(asked)))
+    except ray.exceptions.RayError as error:
+        raise EngineLost(
+            f"A process of Ray did not come up ({' '.join(str(error).split())[:REASON_LENGTH]}); each machine needs the "
+            "same Python with medhive-simulator[ray], and memory for its processes. The same command goes on."
+        ) from error
+
+
+def require_fit(seen: Seen, text: str, meeting: Path) -> None:
+    """Have a machine's word for it that it can do the work.
+
+    Args:
+        seen: what an actor there says.
+        text: what stands in the file that was named to it.
+        meeting: that file.
+
+    Raises:
+        MachineUnfit: it cannot; the text says why.
+    """
+    if not seen.is_guarded:
+        raise MachineUnfit(
+            f"Ray on {seen.machine} asks for no token, so that anybody who reaches its ports can have it run anything; "
+            "start the cluster with RAY_AUTH_MODE=token."
+        )
+    if seen.version != __version__:
+        raise MachineUnfit(
+            f"{seen.machine} has {f'MedHive {seen.version}' if seen.version else 'no MedHive'}, and this one {__version__}; "
+            f"install medhive-simulator[ray] {__version__} for the Python that runs Ray there."
+        )
+    if seen.text != text:
+        raise MachineUnfit(
+            f"{seen.machine} does not see the result folder {meeting.parent}; put --out on a disk that all machines of the "
+            "cluster have under the same path."
+        )
 
 
 class Engine:
@@ -184,13 +363,13 @@ class Engine:
 
     Args:
         work: what the actors do.
-        workers: how many actors, None for one a core (or a GPU).
-        nodes: how many messages may be on their way.
-        folder: of Ray's own files, emptied before and removed after.
+        room: Ray, as a context, with the room that it has.
+        nodes: how many messages may be on their way, and actors at work.
+        meeting: a new file's name in the result folder, where the actors must find it.
     """
 
-    def __init__(self, work: Work, workers: int | None, nodes: int, folder: Path) -> None:
-        self._work, self._workers, self._folder = work, workers, folder
+    def __init__(self, work: Work, room: AbstractContextManager[Room], nodes: int, meeting: Path) -> None:
+        self._work, self._room, self._meeting = work, room, meeting
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._backend: _Backend | None = None
@@ -217,21 +396,19 @@ class Engine:
 
     def _start(self) -> None:
         self._ended.enter_context(_quiet_flower())
-        self._ended.enter_context(_own_folder(self._folder))
-        resources = self._ended.enter_context(_ray(self._folder, self._workers, self._work.simulation.device))
-        config = {"client_resources": resources}
+        room = self._ended.enter_context(self._room)
+        room = replace(room, actors=min(room.actors, self.places))
+        self._ended.enter_context(_a_thread_for_each(room.actors))
+        self._backend = _Backend(room)
+        self._backend.prepare(self._work, self._meeting)
         stores = vce_api._register_node_info_stores(self._places, self._run)
         app = partial(client_app, self._work)
-        self._thread = threading.Thread(target=self._serve, args=(app, config, stores), name="flower-engine")
+        self._thread = threading.Thread(target=self._serve, args=(app, self._backend, stores), name="flower-engine")
         self._thread.start()
 
-    def _serve(self, app: Any, config: dict[str, Any], stores: Any) -> None:
-        def backend() -> _Backend:
-            self._backend = _Backend(config)
-            return self._backend
-
+    def _serve(self, app: Any, backend: _Backend, stores: Any) -> None:
         try:
-            vce_api.run_api(app, backend, self._places, self._state, stores, self._stop, VceMetrics())
+            vce_api.run_api(app, lambda: backend, self._places, self._state, stores, self._stop, VceMetrics())
         except BaseException as error:  # noqa: BLE001 - a thread's own error is the round loop's, which reads it
             self._failure = error
 
@@ -297,6 +474,17 @@ def _quiet_flower() -> Iterator[None]:
 
 
 @contextmanager
+def _a_thread_for_each(actors: int) -> Iterator[None]:
+    """Have Flower wait for every actor at once: by itself it takes one for each core here and four more, 32 at most."""
+    before = vce_api.ThreadPoolExecutor
+    vce_api.ThreadPoolExecutor = partial(ThreadPoolExecutor, max_workers=actors)
+    try:
+        yield
+    finally:
+        vce_api.ThreadPoolExecutor = before
+
+
+@contextmanager
 def _own_folder(folder: Path) -> Iterator[None]:
     """An empty folder that nobody else can read; what a killed process left in it is gone."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -308,39 +496,111 @@ def _own_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _ray(folder: Path, workers: int | None, device: str) -> Iterator[dict[str, float]]:
-    """Ray on loopback, for this process's actors alone; gives what each of them takes.
+def _own_ray(folder: Path, workers: int | None, device: str) -> Iterator[Room]:
+    """Ray on loopback, for this process's actors alone, with a token of its own.
 
     Ray ends its processes with the thread that began them, also where that is killed; so this must be the main thread.
+
+    Args:
+        folder: of Ray's own files, emptied before and removed after.
+        workers: how many actors, None for one a core.
+        device: whether they use GPUs.
     """
-    threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
-    cores = len(os.sched_getaffinity(0))
-    actors = workers or max(1, cores // threads)
-    values = {"OMP_NUM_THREADS": str(threads), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    handler = signal.getsignal(signal.SIGTERM)
-    with _environment(values):
+    actors = workers or max(1, len(os.sched_getaffinity(0)) // _threads())
+    values = {**_of_actors(), "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    arguments = {
+        "num_cpus": actors,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_node_ip_address": LOOPBACK,
+        "_temp_dir": str(folder),
+    }
+    with _own_folder(folder), _environment(values):
+        AuthenticationTokenLoader.instance().reset_cache()
+        with _joined("local", **arguments):
+            yield Room(actors, _share_of(actors, 1, device))
+
+
+@contextmanager
+def _cluster(address: str, workers: int | None, device: str) -> Iterator[Room]:
+    """A Ray cluster that runs already, and goes on; what was begun there ends with this process, however it ends.
+
+    The token is its operator's, which Ray finds by itself.
+
+    Args:
+        address: HOST:PORT of its head; this machine must be one of its machines.
+        workers: how many actors, None for one a core of the cluster.
+        device: whether they use GPUs.
+
+    Raises:
+        ClusterUnreachable: it does not answer, or refuses.
+        NoRoom: it has not that many cores.
+    """
+    host, _, port = address.rpartition(":")
+    with _environment(_of_actors()), ExitStack() as joined:
         try:
-            ray.init(
-                address="local",
-                num_cpus=actors,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address=LOOPBACK,
-                _temp_dir=str(folder),
-            )
-            yield _share_of(actors, device)
-        finally:
-            ray.shutdown()
-            signal.signal(signal.SIGTERM, handler)
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+            joined.enter_context(_joined(address, runtime_env={"env_vars": _of_actors()}))
+        except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ClusterUnreachable(
+                f"The Ray cluster at {address} cannot be used from here ({_cause(error)}); give the HOST:PORT that `ray "
+                "start` named, on a machine of the cluster, with the cluster's token in RAY_AUTH_TOKEN_PATH."
+            ) from error
+        yield _room_of(address, workers, device)
 
 
-def _share_of(actors: int, device: str) -> dict[str, float]:
-    """What of Ray's resources one actor takes: a core's place, and its part of the GPUs where they are used."""
+@contextmanager
+def _joined(address: str, **arguments: Any) -> Iterator[None]:
+    """Be a driver of Ray, which says nothing on the terminal."""
+    handler = signal.getsignal(signal.SIGTERM)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    try:
+        ray.init(address=address, **quiet, **arguments)
+        # Ray's own answer is to abort; this ends in order, as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        yield
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what is at the bottom of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:REASON_LENGTH]
+
+
+def _threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS") or 1)
+
+
+def _of_actors() -> dict[str, str]:
+    """Their environment: the same threads everywhere give the same bits."""
+    return {"OMP_NUM_THREADS": str(_threads()), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+def _room_of(address: str, workers: int | None, device: str) -> Room:
+    """The cores of a cluster, and their parts of its GPUs. Raises `NoRoom`."""
+    threads = _threads()
+    actors = workers or max(1, int(ray.cluster_resources().get("CPU", 0)) // threads)
+    each = _share_of(actors, threads, device)
+    try:
+        places = pool_size_from_resources(each)
+    except ValueError:  # none
+        places = 0
+    if places < (workers or 1):
+        raise NoRoom(
+            f"The Ray cluster at {address} has room for {places} processes; give fewer --workers, or start Ray with more "
+            "--num-cpus."
+        )
+    return Room(min(actors, places), each)
+
+
+def _share_of(actors: int, cores: int, device: str) -> dict[str, float]:
+    """What of Ray's resources one actor takes: its cores, and its part of the GPUs where they are used."""
     gpus = ray.cluster_resources().get("GPU", 0.0) if device != "cpu" else 0.0
-    return {"num_cpus": 1, "num_gpus": min(1.0, gpus / actors)}
+    return {"num_cpus": cores, "num_gpus": min(1.0, gpus / actors)}
 
 
 @contextmanager
@@ -437,20 +697,35 @@ def flower_sites(
     """The clients of a simulation on Flower's engine, which ends with the context.
 
     Args:
-        simulation: what is simulated; `workers` says over how many processes.
-        out: its result folder, which names Ray's folder, so that a next life finds what a killed one left.
+        simulation: what is simulated; `workers` says over how many processes, `ray_address` in which cluster.
+        out: its result folder, which names the folder of a Ray of its own, so that a next life finds what a killed one left.
         federation: the clients, as this process has read them.
         states: where clients keep what they remember; None lets them forget.
         on_client: told of progress.
 
     Raises:
+        ClusterUnreachable, NoRoom, MachineUnfit: the cluster cannot be used, or one of its machines.
         EngineLost: the engine cannot start, or ends.
     """
     options = simulation.spec.options
     fates = Fates(simulation.faults, len(federation.names), options.seed)
-    there = replace(simulation, data=simulation.data.absolute())
-    work = Work(there, states.absolute() if states else None, federation.fingerprint)
+    work = Work(_absolute(simulation), states.absolute() if states else None, federation.fingerprint)
+    nodes, meeting = min(IN_FLIGHT, len(federation.names)), temporary_beside(out.absolute() / "engine")
+    with Engine(work, _ray(simulation, out), nodes, meeting) as engine:
+        yield FlowerSites(engine, federation, options, fates, on_client=on_client)
+
+
+def _ray(simulation: Simulation, out: Path) -> AbstractContextManager[Room]:
+    if simulation.ray_address is not None:
+        return _cluster(simulation.ray_address, simulation.workers, simulation.device)
     # Not in `out`: the names of sockets may have 107 characters.
     folder = Path(tempfile.gettempdir()) / f"medhive-{sha256(str(out.absolute()).encode()).hexdigest()[:12]}"
-    with Engine(work, simulation.workers, min(IN_FLIGHT, len(federation.names)), folder) as engine:
-        yield FlowerSites(engine, federation, options, fates, on_client=on_client)
+    return _own_ray(folder, simulation.workers, simulation.device)
+
+
+def _absolute(simulation: Simulation) -> Simulation:
+    """With the files that actors read as they find them from anywhere."""
+    partition = simulation.partition
+    if partition.path is not None:
+        partition = replace(partition, path=partition.path.absolute())
+    return replace(simulation, data=simulation.data.absolute(), partition=partition)

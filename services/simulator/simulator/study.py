@@ -30,7 +30,8 @@ class Simulation:
     data: folder or file; test: what judges the model after every `test_every`-th round; clients: how many (a partition file
     and `sites` say it themselves); trained: parts that are trained on beside the training part; forget: clients keep nothing
     from round to round; together: how many are trained as one computation; workers: how many processes of Ray they are
-    spread over, None for one a core, 0 for none: all in this process.
+    spread over, None for one a core, 0 for none: all in this process; ray_address: HOST:PORT of the Ray cluster that runs
+    them, None for a Ray of their own.
     """
 
     spec: RunSpec
@@ -45,6 +46,7 @@ class Simulation:
     device: str
     together: int = 1
     workers: int | None = 0
+    ray_address: str | None = None
 
     @property
     def source(self) -> Source:
