@@ -197,10 +197,12 @@ def write_partition(data: Path, path: Path, clients: int, seed: int) -> None:
         writer.writerows([name, names[owner]] for (name, _), owner in zip(images, owners, strict=True))
 
 
-def take(name: str, rounds: int, seed: int, data: Path, out: Path) -> Found:
+def take(name: str, rounds: int, seed: int, chosen: argparse.Namespace) -> Found:
     """Simulate one figure, or go on with it."""
     figure = FIGURES[name]
+    data, out = chosen.data, chosen.out
     flags = {**figure.settings, "data": data, "test": data, "rounds": rounds, "seed": seed, "device": "auto"}
+    flags["together"] = chosen.together
     if flags["partition"] == BALANCED:
         flags["partition"] = str(out / f"dirichlet-{seed}.csv")
         write_partition(data, Path(flags["partition"]), flags["clients"], seed)
@@ -253,6 +255,7 @@ def main() -> int:
     parser.add_argument("--size", choices=["reduced", "full"], default="reduced")
     parser.add_argument("--rounds", type=int, help="another number of rounds than the size has")
     parser.add_argument("--seed", type=int, nargs="+", default=[SEED])
+    parser.add_argument("--together", type=int, default=1, help="clients trained as one computation: quick on a GPU")
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10, as docs/simulation.md has it")
     parser.add_argument("--out", type=Path, required=True, help="result folders, one for each figure and seed")
     chosen = parser.parse_args()
@@ -265,10 +268,11 @@ def main() -> int:
         for seed in chosen.seed:
             figure = FIGURES[name]
             rounds = chosen.rounds or (figure.full if chosen.size == "full" else figure.reduced)
-            item = take(name, rounds, seed, chosen.data, chosen.out)
+            item = take(name, rounds, seed, chosen)
             taken.append(asdict(item))
             print(line(item), flush=True)
-            told = {"machine": describe(), "threads": torch.get_num_threads(), "figures": taken}
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            told = {"machine": describe(), "device": device, "threads": torch.get_num_threads(), "figures": taken}
             results.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -184,9 +184,13 @@ def test_weight_decay_and_pull_are_of_the_gradient_which_momentum_carries(tmp_pa
         assert np.allclose(result.weights[name], parameter.detach().numpy(), atol=1e-6), name
 
 
+def drawn(count: int, numbers: int) -> torch.Tensor:
+    return torch.rand(count, numbers, generator=torch.Generator().manual_seed(0))
+
+
 def test_a_crop_beyond_the_edge_sees_the_mirror_image() -> None:
     pixels = torch.randint(0, 256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    seen = cropped(pixels, 32, torch.Generator().manual_seed(0), pad=4)
+    seen = cropped(pixels, 32, drawn(40, 3), pad=4)
     padded = torch.nn.functional.pad(pixels.float(), [4] * 4, mode="reflect")
     places = set()
     for image, crop in zip(padded, seen, strict=True):
@@ -199,7 +203,7 @@ def test_a_crop_beyond_the_edge_sees_the_mirror_image() -> None:
 
 def test_light_changes_as_in_the_tutorial() -> None:
     pixels = torch.rand(200, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 255
-    lit = relit(pixels, 63.0, 0.8, torch.Generator().manual_seed(0))
+    lit = relit(pixels, 63.0, 0.8, drawn(200, 2))
     shift = lit.mean(dim=(2, 3)) - pixels.mean(dim=(2, 3))
     factor = lit.std(dim=(2, 3)) / pixels.std(dim=(2, 3))
     for found, least, most in ((shift, -63.0, 63.0), (factor, 0.2, 1.8)):
@@ -210,7 +214,7 @@ def test_light_changes_as_in_the_tutorial() -> None:
 
 def test_a_crop_lies_in_the_image_and_judging_takes_its_middle() -> None:
     pixels = torch.arange(32 * 32, dtype=torch.uint8).view(1, 1, 32, 32).repeat(60, 3, 1, 1)
-    seen = cropped(pixels, 24, torch.Generator().manual_seed(0))
+    seen = cropped(pixels, 24, drawn(60, 3))
     assert seen.shape == (60, 3, 24, 24)
     whole = pixels[0, 0].float()
     for crop in seen[:, 0]:

@@ -42,7 +42,7 @@ from fl_client.tasks.errors import (
     WrongArchitecture,
     WrongOptimiserState,
 )
-from fl_client.tasks.image_training import Resizer, augment
+from fl_client.tasks.image_training import RANDOM_NUMBERS, Resizer, augment
 from fl_client.tasks.models import MODELS, build_model, export_weights, load_weights
 from fl_client.tasks.phantoms import CLASSES, make_phantoms
 from fl_client.tasks.training import class_weights, learning_rate_factor, log_prior
@@ -317,13 +317,15 @@ def test_an_image_thinner_than_a_pixel_keeps_one() -> None:
     assert Resizer(32)(np.full((1, 2, 500), 200, dtype=np.uint8)).any(axis=2).sum() == 1
 
 
-def test_augmentation_draws_from_its_own_generator_alone() -> None:
+def test_augmentation_changes_each_image_as_its_own_numbers_say() -> None:
     pixels = torch.randint(0, 255, (4, 1, 32, 32), dtype=torch.uint8)
+    numbers = torch.rand(4, RANDOM_NUMBERS, generator=torch.Generator().manual_seed(1))
     state = torch.get_rng_state()
-    first = augment(pixels, torch.Generator().manual_seed(1))
+    moved = augment(pixels, numbers)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, augment(pixels, torch.Generator().manual_seed(1)))
-    assert not torch.equal(first, augment(pixels, torch.Generator().manual_seed(2)))
+    alone = [augment(pixels[place : place + 1], numbers[place : place + 1]) for place in range(4)]
+    assert torch.allclose(moved, torch.cat(alone), atol=1e-3)
+    assert not torch.allclose(moved, augment(pixels, numbers.flip(0)), atol=1)
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:

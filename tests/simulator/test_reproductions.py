@@ -1,5 +1,6 @@
 """The program that takes published figures again: the division that it copies, and one figure on a few made images."""
 
+import argparse
 import importlib
 import json
 from pathlib import Path
@@ -34,9 +35,10 @@ def test_a_figure_is_taken_and_goes_on(program: Any, tmp_path: Path) -> None:
     images = rng.integers(0, 256, (400, 32, 32, 3), dtype=np.uint8)
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "set.npz", images=images, labels=np.arange(400) % 10, is_test=np.arange(400) >= 360)
-    item = program.take("niid-fedprox", 2, 7, tmp_path / "data", tmp_path)
+    chosen = argparse.Namespace(data=tmp_path / "data", out=tmp_path, together=4)
+    item = program.take("niid-fedprox", 2, 7, chosen)
     assert (item.size, item.rounds, item.best_round in (1, 2)) == ("reduced", 2, True)
     spec = json.loads((tmp_path / "niid-fedprox-2-7" / "simulation.json").read_text())["spec"]
     assert (spec["options"]["local_epochs"], spec["options"]["mu"]) == (10, 0.01)
-    assert program.take("niid-fedprox", 2, 7, tmp_path / "data", tmp_path) == item
+    assert program.take("niid-fedprox", 2, 7, chosen) == item
     assert "65.63" in program.line(item)

@@ -27,7 +27,7 @@ from fl_client.tasks.errors import NotEnoughExamples, WrongOption
 from medhive.errors import MedHiveError
 
 if TYPE_CHECKING:
-    from fl_client.tasks.evaluation import Evaluation
+    from fl_client.tasks.evaluation import Evaluation, Scores
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,25 @@ def own_layers(workspace: Workspace) -> frozenset[str]:
 
 
 def local_rounds_together(
-    workspaces: Sequence[Together], base: Weights, plan: RoundPlan
+    workspaces: Sequence[Together], base: Weights, plans: Sequence[RoundPlan]
 ) -> list[LocalRound | MedHiveError]:
-    """The rounds of several sites from the same base as one computation; an error in the place of who failed."""
+    """The rounds of several sites from the same base as one computation; an error in the place of who failed.
+
+    The plans, one for each site, differ in nothing but their corrections.
+    """
     before = [completed(validated(workspace, base)) for workspace in workspaces]
-    results = workspaces[0].train_together(workspaces[1:], base, plan)
+    results = workspaces[0].train_together(workspaces[1:], base, plans)
     return [
         result
         if isinstance(result, MedHiveError)
-        else LocalRound(result.weights, result.examples, {**said.metrics, **result.metrics}, said.confusion, None)
+        else LocalRound(
+            result.weights,
+            result.examples,
+            {**said.metrics, **result.metrics},
+            said.confusion,
+            optimiser_state=None,
+            rate_sum=result.rate_sum,
+        )
         for said, result in zip(before, results, strict=True)
     ]
 
@@ -134,13 +144,13 @@ def validated(workspace: Workspace, weights: Weights) -> Generator[None, None, V
         judged = yield from workspace.judge(weights, "validation")
     except NotEnoughExamples:
         return Validated()
-    evaluation = evaluated(workspace, judged)
+    scores = scored(judged)
     own = {f"val_{name}": value for name, value in finite(judged.metrics).items()}
     yield None
     return Validated(
-        {**validation_metrics(evaluation), **own},
-        [list(row) for row in evaluation.confusion],
-        evaluation.examples,
+        {**validation_metrics(scores, workspace.classes), **own},
+        scores.confusion.tolist(),
+        scores.examples,
     )
 
 
@@ -156,13 +166,17 @@ def evaluated(workspace: Workspace, judged: Judged) -> "Evaluation":
     return evaluate(judged.labels, judged.probabilities, workspace.classes)
 
 
-def validation_metrics(evaluation: "Evaluation") -> dict[str, float]:
-    """An evaluation's numbers as a round reports them."""
-    metrics = {f"val_{name}": value for name, value in evaluation.metrics().items()}
-    for name, judged in evaluation.per_class.items():
-        if judged.sensitivity is not None:
-            metrics[f"val_recall/{name}"] = judged.sensitivity.value
-    return metrics
+def scored(judged: Judged) -> "Scores":
+    """The same without intervals, as rounds say them."""
+    from fl_client.tasks.evaluation import score  # noqa: PLC0415 - came with the task's own libraries
+
+    return score(judged.labels, judged.probabilities)
+
+
+def validation_metrics(scores: "Scores", classes: Sequence[str]) -> dict[str, float]:
+    """The numbers of a validation under their names in a contribution."""
+    recalls = {f"val_recall/{name}": value for name, value in scores.recalls(classes).items()}
+    return {**{f"val_{name}": value for name, value in scores.metrics().items()}, **recalls}
 
 
 class Memory(StrEnum):

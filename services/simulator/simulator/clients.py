@@ -215,20 +215,18 @@ class InlineSites:
             if len(chosen) == self._together:
                 break
         if len(chosen) > 1:
-            plan = _plan(question, self._options, None)
-            rounds = local_rounds_together(list(chosen.values()), base, plan)
+            plans = [self._plan(question, site, None) for site in chosen]
+            rounds = local_rounds_together(list(chosen.values()), base, plans)
             self._ahead = dict(zip(chosen, rounds, strict=True))
 
     def _train(
         self, question: Question, site: str, base: Mapping[str, Flat], fate: Fate, workspace: Workspace
     ) -> tuple[Mapping[str, Flat], dict[str, Any]]:
         """The weights that the client sends, and what it says with them."""
-        state = self._states.load(site, question.round) if self._states else None
         ahead = self._ahead.pop(site, None)
         if isinstance(ahead, MedHiveError):
             raise ahead
-        plan, own = self._plan(question, site, state), self._own(question, site)
-        result = ahead or completed(local_round(workspace, base, plan, own))
+        result = ahead or self._train_alone(question, site, base, workspace)
         if self._states:
             self._states.save(site, question.round, result)
         weights: Mapping[str, Flat] = result.weights
@@ -238,6 +236,11 @@ class InlineSites:
         metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
         said = {"examples": result.examples, "rate_sum": result.rate_sum}
         return weights, {**said, "metrics": metrics, "confusion": result.confusion}
+
+    def _train_alone(self, question: Question, site: str, base: Mapping[str, Flat], workspace: Workspace) -> LocalRound:
+        state = self._states.load(site, question.round) if self._states else None
+        plan, own = self._plan(question, site, state), self._own(question, site)
+        return completed(local_round(workspace, base, plan, own))
 
     def _own(self, question: Question, site: str) -> Mapping[str, Flat] | None:
         if not self._options.keeps_own_layers:

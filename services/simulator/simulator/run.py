@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fl_client.local_round import evaluated, with_own
+from fl_client.local_round import scored, with_own
 from fl_client.tasks import PARTS, Judged, Together, Workspace, completed
 from fl_client.tasks.errors import NotEnoughExamples
 from fl_server.checkpoint import write_durably
@@ -22,7 +22,6 @@ from fl_server.rounds import RunLoop
 from medhive.errors import Conflict, InvalidInput
 from medhive.leftovers import remove_leftovers
 from medhive.packing import Flat, read_weights
-from medhive.strategies import make_strategy
 from medhive.wire import RunEnd
 from simulator.clients import MAX_JUDGES, ClientStates, InlineSites
 from simulator.desk import MODEL, Record, RecordedRound, ResultDesk, ended
@@ -78,14 +77,14 @@ def prepare(simulation: Simulation, listener: Listener) -> Prepared:
     """
     federation = simulation.read_clients(listener.on_reading)
     if simulation.together > 1:
-        _require_together(federation.first(), simulation.spec.options.local_mu)
+        _require_together(federation.first())
     return Prepared(federation, _Tester(simulation, simulation.source, listener))
 
 
-def _require_together(workspace: Workspace, mu: float) -> None:
+def _require_together(workspace: Workspace) -> None:
     if not isinstance(workspace, Together):
         raise InvalidInput("This task cannot train clients together; leave out --together.")
-    workspace.require_together(mu)
+    workspace.require_together()
 
 
 def require_possible(simulation: Simulation) -> None:
@@ -93,8 +92,6 @@ def require_possible(simulation: Simulation) -> None:
     options = simulation.spec.options
     if simulation.forget and options.keeps_own_layers:
         raise InvalidInput("FedBN's clients keep layers from round to round; leave out --forget.")
-    if simulation.together > 1 and make_strategy(options.strategy, options.strategy_params).corrects:
-        raise InvalidInput("SCAFFOLD corrects each client's steps by itself; leave out --together.")
 
 
 def simulate(
@@ -176,7 +173,7 @@ def judged_on(workspace: Workspace, weights: dict[str, Flat], parts: Sequence[An
     whole = Judged(
         np.concatenate([item.labels for item in found]), np.concatenate([item.probabilities for item in found])
     )
-    return evaluated(workspace, whole).metrics()
+    return scored(whole).metrics()
 
 
 def _judged(workspace: Workspace, weights: dict[str, Flat], part: Any) -> Judged | None:
@@ -302,7 +299,7 @@ class _Work:
         whole = Judged(
             np.concatenate([item.labels for item in found]), np.concatenate([item.probabilities for item in found])
         )
-        return evaluated(self._federation.first(), whole).metrics()
+        return scored(whole).metrics()
 
     def _models(self, weights: dict[str, Flat]) -> Iterator[tuple[Workspace, dict[str, Flat]]]:
         """The model that is used at each client, with its data: where layers stay at the clients, one's own."""

@@ -347,13 +347,16 @@ class Personal(Workspace, Protocol):
 class Together(Workspace, Protocol):
     """A workspace whose round can be trained together with those of other sites of the study, as one computation."""
 
-    def require_together(self, mu: float) -> None:
-        """Raise `WrongOption` where sites of this study cannot be, with such a pull to the global weights."""
+    def require_together(self) -> None:
+        """Raise `WrongOption` where sites of this study cannot be."""
 
     def train_together(
-        self, others: Sequence[Self], weights: Weights, plan: RoundPlan
+        self, others: Sequence[Self], weights: Weights, plans: Sequence[RoundPlan]
     ) -> Sequence[TrainResult | MedHiveError]:
-        """The rounds of this site and of others, each with examples to train on; an error in the place of who failed."""
+        """The rounds of this site and of others, each with examples to train on; an error in the place of who failed.
+
+        The plans, one for each site, differ in nothing but their corrections.
+        """
 
 
 class Task(Protocol):

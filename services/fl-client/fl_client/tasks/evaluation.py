@@ -47,6 +47,30 @@ class ClassEvaluation:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What a round says of a model, on so many examples: the values of `Evaluation` alone.
+
+    Intervals take many times as long, and a round has no room for them.
+    """
+
+    examples: int
+    accuracy: float
+    loss: float
+    macro_f1: float
+    ece: float
+    confusion: npt.NDArray[np.int64]
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers by their names."""
+        return {"accuracy": self.accuracy, "loss": self.loss, "macro_f1": self.macro_f1, "ece": self.ece}
+
+    def recalls(self, classes: Sequence[str]) -> dict[str, float]:
+        """Each class's sensitivity, but for those without an example."""
+        rows = zip(classes, self.confusion, range(len(classes)), strict=True)
+        return {name: float(row[place] / row.sum()) for name, row, place in rows if row.sum()}
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A model judged on `examples` examples.
 
@@ -72,15 +96,6 @@ class Evaluation:
         """Plain dictionaries, lists and numbers."""
         return asdict(self)
 
-    def metrics(self) -> dict[str, float]:
-        """The numbers a round reports: accuracy, loss, macro F1, calibration error."""
-        return {
-            "accuracy": self.accuracy.value,
-            "loss": self.loss,
-            "macro_f1": self.macro_f1.value,
-            "ece": self.ece,
-        }
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -97,8 +112,27 @@ class Comparison:
         return asdict(self)
 
 
+def score(labels: Labels, probabilities: Floats) -> Scores:
+    """Judge predictions: (n,) indices of classes, and (n, k) whose rows sum to one.
+
+    Raises:
+        NotEnoughExamples: n is 0.
+    """
+    clipped = _clipped(labels, probabilities)
+    confusion = np.zeros((clipped.shape[1],) * 2, np.int64)
+    np.add.at(confusion, (labels, clipped.argmax(axis=1)), 1)
+    return Scores(
+        examples=len(labels),
+        accuracy=int(np.trace(confusion)) / len(labels),
+        loss=float(-np.log(clipped[np.arange(len(labels)), labels]).mean()),
+        macro_f1=float(_mean_f1(confusion[np.newaxis])[0]),
+        ece=calibration_error(labels, clipped),
+        confusion=confusion,
+    )
+
+
 def evaluate(labels: Labels, probabilities: Floats, classes: Sequence[str]) -> Evaluation:
-    """Judge predictions.
+    """Judge predictions, with the intervals of all figures.
 
     Args:
         labels: (n,) indices into `classes`.
@@ -108,26 +142,29 @@ def evaluate(labels: Labels, probabilities: Floats, classes: Sequence[str]) -> E
     Raises:
         NotEnoughExamples: n is 0.
     """
+    scores = score(labels, probabilities)
+    clipped, confusion = _clipped(labels, probabilities), scores.confusion
+    return Evaluation(
+        examples=scores.examples,
+        accuracy=wilson(int(np.trace(confusion)), len(labels)),
+        loss=scores.loss,
+        macro_f1=_macro_f1(scores.macro_f1, confusion),
+        per_class={name: _one_class(i, labels, clipped, confusion) for i, name in enumerate(classes)},
+        ece=scores.ece,
+        brier=float(np.square(clipped - np.eye(len(classes))[labels]).sum(axis=1).mean()),
+        classes=tuple(classes),
+        confusion=tuple(tuple(int(n) for n in row) for row in confusion),
+    )
+
+
+def _clipped(labels: Labels, probabilities: Floats) -> Floats:
     if len(labels) == 0:
         raise NotEnoughExamples(
             "There is no example to evaluate on; add data or enlarge this part's share in the study."
         )
     clipped = np.clip(probabilities.astype(np.float64), SMALLEST_PROBABILITY, None)
-    clipped /= clipped.sum(axis=1, keepdims=True)
-    predicted = clipped.argmax(axis=1)
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
-    return Evaluation(
-        examples=len(labels),
-        accuracy=wilson(int(np.trace(confusion)), len(labels)),
-        loss=float(-np.log(clipped[np.arange(len(labels)), labels]).mean()),
-        macro_f1=_macro_f1(confusion),
-        per_class={name: _one_class(i, labels, clipped, confusion) for i, name in enumerate(classes)},
-        ece=calibration_error(labels, clipped),
-        brier=float(np.square(clipped - np.eye(len(classes))[labels]).sum(axis=1).mean()),
-        classes=tuple(classes),
-        confusion=tuple(tuple(int(n) for n in row) for row in confusion),
-    )
+    scaled: Floats = clipped / clipped.sum(axis=1, keepdims=True)
+    return scaled
 
 
 def compare(labels: Labels, first: Floats, second: Floats) -> Comparison:
@@ -225,9 +262,8 @@ def calibration_error(labels: Labels, probabilities: Floats) -> float:
     return float(np.abs(sums).sum() / len(labels))
 
 
-def _macro_f1(confusion: npt.NDArray[np.int64]) -> Estimate:
-    """Macro F1; resampling examples with replacement is drawing a new confusion matrix from a multinomial."""
-    value = float(_mean_f1(confusion[np.newaxis])[0])
+def _macro_f1(value: float, confusion: npt.NDArray[np.int64]) -> Estimate:
+    """Resampling examples with replacement is drawing a new confusion matrix from a multinomial."""
     n = int(confusion.sum())
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     samples = rng.multinomial(n, confusion.ravel() / n, size=BOOTSTRAP_SAMPLES).reshape(-1, *confusion.shape)

@@ -30,6 +30,7 @@ MAX_SHIFT = 0.07  # of half the image's width
 MAX_CONTRAST = 0.2
 MAX_BRIGHTNESS = 0.05
 RANDOM_NUMBERS = 7  # per image
+CROP_NUMBERS, LIGHT_NUMBERS = 3, 2  # the same of the plain recipe: of `cropped`, of `relit`
 
 
 def open_workspace(
@@ -120,14 +121,25 @@ class ImageModel(Classifier):
         """Images that are judged at a time."""
         return EVALUATION_BATCH
 
-    def augment(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    @property
+    def random_numbers(self) -> int:
+        """How many `augment` takes of an image."""
+        if self.plain is None:
+            return RANDOM_NUMBERS
+        return (CROP_NUMBERS if self._options.crop else 0) + (LIGHT_NUMBERS if self._relights else 0)
+
+    @property
+    def _relights(self) -> bool:
+        return self._options.brightness > 0 or self._options.contrast > 0
+
+    def augment(self, pixels: Tensor, drawn: Tensor) -> Tensor:
         """See `augment`, and for the plain recipe `cropped` and `relit`."""
         if self.plain is None:
-            return augment(pixels, generator)
+            return augment(pixels, drawn)
         options = self._options
-        seen = cropped(pixels, options.crop, generator, options.pad) if options.crop else pixels.float()
-        lit = options.brightness or options.contrast
-        return relit(seen, options.brightness, options.contrast, generator) if lit else seen
+        seen = cropped(pixels, options.crop, drawn[:, :CROP_NUMBERS], options.pad) if options.crop else pixels.float()
+        light = drawn[:, -LIGHT_NUMBERS:]
+        return relit(seen, options.brightness, options.contrast, light) if self._relights else seen
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """See `normalised`, and for the plain recipe `whitened`, or 0 to 1."""
@@ -185,6 +197,11 @@ class ImageWorkspace(ClassifierWorkspace):
         fits = self.device.type == "cuda" and images.nbytes <= GPU_CACHE_BYTES
         self._images = images.to(self.device) if fits else images
 
+    @property
+    def resident(self) -> Tensor | None:
+        """All images, where they lie on the device."""
+        return self._images if self._images.device.type == self.device.type else None
+
     def pixels(self, indices: Tensor) -> Tensor:
         """(n, channels, size, size) bytes on the device."""
         return self._images[indices.to(self._images.device)].to(self.device, non_blocking=True)
@@ -210,20 +227,21 @@ def middle(pixels: Tensor, side: int) -> Tensor:
     return pixels[..., top : top + side, left : left + side]
 
 
-def cropped(pixels: Tensor, side: int, generator: torch.Generator, pad: int = 0) -> Tensor:
+def cropped(pixels: Tensor, side: int, drawn: Tensor, pad: int = 0) -> Tensor:
     """A square somewhere in each image of a batch, mirrored or not; bytes → (n, c, side, side) floats 0 to 255.
 
-    With `pad` the image goes on for so many pixels beyond its edges, as its mirror image.
+    With `pad` the image goes on for so many pixels beyond its edges, as its mirror image. `drawn` are (n, 3) numbers of
+    [0, 1).
     """
     n, _channels, height, width = pixels.shape
-    r = torch.rand(n, 3, generator=generator)
+    r = drawn.to(pixels.device)
     top = (r[:, 0] * (height + 2 * pad - side + 1)).long().view(-1, 1, 1)
     left = (r[:, 1] * (width + 2 * pad - side + 1)).long().view(-1, 1, 1)
-    along = torch.arange(side)
+    along = torch.arange(side, device=pixels.device)
     columns = _within(torch.where(r[:, 2].view(-1, 1, 1) < 0.5, along, along.flip(0)) + left - pad, width)
-    rows = _within(along.view(1, -1, 1) + top - pad, height).to(pixels.device)
+    rows = _within(along.view(1, -1, 1) + top - pad, height)
     which = torch.arange(n, device=pixels.device).view(-1, 1, 1)
-    moved = pixels.permute(0, 2, 3, 1)[which, rows, columns.to(pixels.device)]
+    moved = pixels.permute(0, 2, 3, 1)[which, rows, columns]
     return moved.permute(0, 3, 1, 2).float()
 
 
@@ -232,22 +250,22 @@ def _within(places: Tensor, side: int) -> Tensor:
     return side - 1 - (side - 1 - places.abs()).abs()
 
 
-def relit(pixels: Tensor, brightness: float, contrast: float, generator: torch.Generator) -> Tensor:
+def relit(pixels: Tensor, brightness: float, contrast: float, drawn: Tensor) -> Tensor:
     """Each image of a batch brighter or darker by up to `brightness` levels, its channels' distances from their means
-    longer or shorter by up to the share `contrast`, as in TensorFlow's CIFAR-10 tutorial; nothing is cut off.
+    longer or shorter by up to the share `contrast`, as in TensorFlow's CIFAR-10 tutorial; nothing is cut off. `drawn` are
+    (n, 2) numbers of [0, 1).
     """
-    r = (torch.rand(len(pixels), 2, generator=generator) * 2 - 1).to(pixels.device).view(-1, 2, 1, 1, 1)
+    r = (drawn * 2 - 1).to(pixels.device).view(-1, 2, 1, 1, 1)
     mean = pixels.mean(dim=(2, 3), keepdim=True)
     return (pixels - mean) * (1 + r[:, 0] * contrast) + mean + r[:, 1] * brightness
 
 
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def augment(pixels: Tensor, drawn: Tensor) -> Tensor:
     """Mirror, rotate, zoom, shift, brighten each image of a batch on its own; (n, c, h, w) bytes → floats 0 to 255.
 
-    All random numbers come from `generator`, which lives on the CPU, so that a GPU draws the same ones.
+    `drawn` are (n, 7) numbers of [0, 1).
     """
-    n = len(pixels)
-    r = (torch.rand(n, RANDOM_NUMBERS, generator=generator) * 2 - 1).to(pixels.device)
+    r = (drawn * 2 - 1).to(pixels.device)
     angle, zoom = r[:, 0] * MAX_ROTATION, 1 + r[:, 1] * MAX_ZOOM
     mirror = torch.where(r[:, 2] < 0, -1.0, 1.0)
     c, s = torch.cos(angle) * zoom, torch.sin(angle) * zoom

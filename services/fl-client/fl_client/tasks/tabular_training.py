@@ -46,7 +46,7 @@ from fl_client.tasks.errors import (
     TrainingDiverged,
     WrongColumns,
 )
-from fl_client.tasks.evaluation import InOneGo, evaluate
+from fl_client.tasks.evaluation import InOneGo, score
 from fl_client.tasks.models import require_same_layout
 from fl_client.tasks.tables import Features, Table, TableOptions, read_features, read_table, table_format
 from medhive.spec import StudyData
@@ -253,12 +253,10 @@ class TabularWorkspace(TabularModel, InOneGo):
             yield None
             model = fit(model, moments.scaled(values, self._numeric), labels, len(self.classes), plan)
         changed = {**model.to_weights(), **moments.to_weights()}
-        judged = evaluate(labels, self._probabilities(changed, values), self.classes)
+        judged = score(labels, self._probabilities(changed, values))
         seconds = time.monotonic() - started
-        yield EpochProgress(
-            plan.local_epochs, plan.local_epochs, judged.loss, judged.accuracy.value, len(labels), seconds
-        )
-        metrics = {"train_loss": judged.loss, "train_accuracy": judged.accuracy.value}
+        yield EpochProgress(plan.local_epochs, plan.local_epochs, judged.loss, judged.accuracy, len(labels), seconds)
+        metrics = {"train_loss": judged.loss, "train_accuracy": judged.accuracy}
         return TrainResult(changed, len(labels), metrics, None)
 
 

@@ -13,7 +13,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +53,7 @@ from fl_client.tasks.errors import (
 )
 from fl_client.tasks.evaluation import InOneGo
 from fl_client.tasks.models import batch_normalisation, export_weights, load_backbone, load_weights, require_same_layout
-from fl_client.tasks.together import Together, require_together
+from fl_client.tasks.together import Cohort, require_together, train_together
 
 DEFAULT_LR = 5e-3  # peak, for batches of 32; found on brain MRI with three sites
 PLAIN_LR = 0.1  # of the plain recipe
@@ -93,6 +93,10 @@ class Plain:
     lr_decay: float = 1.0
     weight_decay: float = 0.0
 
+    def rate(self, plan: RoundPlan) -> float:
+        """The learning rate of a round."""
+        return (plan.lr or PLAIN_LR) * self.lr_decay ** (plan.round - 1)
+
 
 @dataclass
 class _Totals:
@@ -109,6 +113,7 @@ class Classifier(ABC):
         classes: the study's, in the order of the outputs.
         memory_format: how its weights lie in memory.
         plain: the plain recipe, where the study asks for it.
+        cohort: room for the models of many sites, from the last time that they were trained together.
     """
 
     memory_format: torch.memory_format
@@ -119,6 +124,7 @@ class Classifier(ABC):
         self.classes = classes
         self.device = resolve_device(device)
         self._spare = [self.build(seed=0)]
+        self.cohort: Cohort | None = None
 
     @abstractmethod
     def network(self, seed: int) -> nn.Module:
@@ -128,9 +134,17 @@ class Classifier(ABC):
     def evaluation_batch(self) -> int:
         """How many examples are judged at a time."""
 
+    @property
     @abstractmethod
-    def augment(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """A batch of bytes → floats 0 to 255, each example changed a little; all random numbers come from `generator`."""
+    def random_numbers(self) -> int:
+        """How many `augment` takes of an example."""
+
+    @abstractmethod
+    def augment(self, pixels: Tensor, drawn: Tensor) -> Tensor:
+        """A batch of bytes → floats 0 to 255, each example changed a little, as its own row of `drawn` says.
+
+        `drawn` are (n, `random_numbers`) of [0, 1), drawn on the CPU, so that a GPU gets the same.
+        """
 
     @abstractmethod
     def normalised(self, pixels: Tensor) -> Tensor:
@@ -155,10 +169,25 @@ class Classifier(ABC):
     def probabilities(self, model: nn.Module, pixels: Tensor) -> npt.NDArray[np.float64]:
         """(n, channels, ...) bytes on the device → (n, classes)."""
         model.eval()
-        with torch.inference_mode(), mixed_precision(self.device):
+        with torch.inference_mode(), self.forwards():
             logits = model(self.normalised(pixels.float()))
         found: npt.NDArray[np.float64] = logits.double().softmax(dim=1).cpu().numpy()
         return found
+
+    def exactly(self) -> AbstractContextManager[None]:
+        """On a GPU the plain recipe computes in full precision, and again with the same bits, as a CPU always does.
+
+        Its figures are compared with published ones. The other recipe leaves a GPU free to be quick.
+        """
+        if self.device.type == "cpu" or self.plain is None:
+            return nullcontext()
+        return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+    def forwards(self) -> AbstractContextManager[None]:
+        """How the network is computed; backwards it is `exactly`."""
+        if self.device.type == "cuda" and self.plain is None:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return self.exactly()
 
     def prediction(self, name: str, row: npt.NDArray[np.float64]) -> Prediction:
         """One row of probabilities under its name."""
@@ -213,6 +242,11 @@ class ClassifierWorkspace(InOneGo):
         other.examples = Examples(other._labels.numpy()[places], parts, [names[place] for place in places])
         return other
 
+    @property
+    @abstractmethod
+    def resident(self) -> Tensor | None:
+        """(all, channels, ...) bytes where all examples of the data lie on the device; shared with `share`."""
+
     @abstractmethod
     def pixels(self, indices: Tensor) -> Tensor:
         """(n, channels, ...) bytes on the device."""
@@ -235,24 +269,20 @@ class ClassifierWorkspace(InOneGo):
         """One round of local training; see `base.Workspace.train`."""
         return Job(self, weights, plan).run()
 
-    def job(self, weights: Weights, plan: RoundPlan) -> "Job":
-        """One round of local training that somebody else steps through."""
-        return Job(self, weights, plan)
-
     @cached_property
     def own_layers(self) -> frozenset[str]:
         """The names of the tensors of all batch normalisation; see `base.Personal`. Found once: it takes a model."""
         return batch_normalisation(self.model.build(seed=0))
 
-    def require_together(self, mu: float) -> None:
+    def require_together(self) -> None:
         """Raise `WrongOption` where sites of this study cannot be trained together; see `base.Together`."""
-        require_together(self.model.build(seed=0), self.model.plain, mu)
+        require_together(self.model)
 
     def train_together(
-        self, others: Sequence[Self], weights: Weights, plan: RoundPlan
+        self, others: Sequence[Self], weights: Weights, plans: Sequence[RoundPlan]
     ) -> list[TrainResult | TrainingDiverged]:
         """This site's round and those of others as one computation; see `base.Together`."""
-        return Together([self, *others], weights, plan).run()
+        return train_together([self, *others], weights, plans)
 
     def judge(self, weights: Weights, part: Part) -> Judging:
         """Have a model of its own look at one part of the data, a batch a step."""
@@ -290,6 +320,42 @@ def _by_part(places: npt.NDArray[np.int64], parts: npt.NDArray[np.str_]) -> dict
     return {str(name): torch.from_numpy(places[parts == name]) for name in np.unique(parts)}
 
 
+class Order:
+    """A site's training examples in the order of one round, with the random numbers that change them.
+
+    Attributes:
+        indices: (n,) of the examples that the site trains on.
+        batches: of an epoch.
+        generator: of this round alone. A site's images differ from another's, so equal seeds do no harm.
+    """
+
+    def __init__(self, workspace: ClassifierWorkspace, plan: RoundPlan) -> None:
+        """Raises NotEnoughExamples: there are none."""
+        self.indices = workspace.indices("train")
+        if not len(self.indices):
+            raise NotEnoughExamples("The train part of the data is empty; add data.", part="train")
+        self.batches = math.ceil(len(self.indices) / plan.batch_size)
+        self.generator = torch.Generator().manual_seed(_stream(plan, 0))
+        self._random_numbers = workspace.model.random_numbers
+
+    def epoch(self) -> tuple[Tensor, Tensor]:
+        """(n,) the examples of the next epoch, in an order drawn anew, and (n, k) the random numbers of each."""
+        order = self.indices[torch.randperm(len(self.indices), generator=self.generator)]
+        return order, torch.rand(len(order), self._random_numbers, generator=self.generator)
+
+    def split(self, values: Tensor) -> Sequence[Tensor]:
+        """(n, ...) of an epoch by batches, nearly equal: a last one of one would break batch normalisation and weigh too
+        much.
+        """
+        return torch.tensor_split(values, self.batches)
+
+
+def _stream(plan: RoundPlan, number: int) -> int:
+    """The seed of one of a round's random streams."""
+    seed = np.random.SeedSequence([plan.seed, plan.round]).generate_state(2, np.uint64)
+    return int(seed[number] >> 1)
+
+
 class Job:
     """One round of one run: its own model, optimiser and random streams."""
 
@@ -303,47 +369,20 @@ class Job:
         self._anchor = [parameter.detach().clone() for parameter in pulled]
         self._plain = workspace.model.plain
         if self._plain is not None:
-            self._peak = (plan.lr or PLAIN_LR) * self._plain.lr_decay ** (plan.round - 1)
+            self._peak = self._plain.rate(plan)
         else:
             self._peak = plan.lr or DEFAULT_LR * math.sqrt(plan.batch_size / DEFAULT_LR_BATCH)
         self._optimiser = _optimiser(self._parameters, self._peak, self._plain)
         if plan.optimiser_state is not None and isinstance(self._optimiser, torch.optim.AdamW):
             restore_moments(self._optimiser, self._parameters, plan.optimiser_state)
-        self._indices = workspace.indices("train")
-        if not len(self._indices):
-            raise NotEnoughExamples("The train part of the data is empty; add data.", part="train")
-        counts = torch.bincount(workspace.labels(self._indices), minlength=len(workspace.classes)).float()
+        self._order = Order(workspace, plan)
+        counts = torch.bincount(workspace.labels(self._order.indices), minlength=len(workspace.classes)).float()
         self._class_weights = class_weights(counts).to(workspace.device)
         self._log_prior = log_prior(counts).to(workspace.device)
-        # Streams of this job alone: a site's images differ from another's, so equal seeds do no harm.
-        seed = np.random.SeedSequence([plan.seed, plan.round]).generate_state(2, np.uint64)
-        self._generator = torch.Generator().manual_seed(int(seed[0] >> 1))
-        self._global_state = _seeded_state(int(seed[1] >> 1), workspace.device)
-        self._steps_per_epoch = math.ceil(len(self._indices) / plan.batch_size)
+        self._global_state = _seeded_state(_stream(plan, 1), workspace.device)
         self._step = 0
         self._correction = self._corrected(plan.correction)
         self._rate_sum = 0.0
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that this job began with."""
-        return self._model
-
-    def epoch_batches(self) -> Sequence[Tensor]:
-        """The batches of the next epoch, in an order drawn anew, as positions of examples."""
-        order = self._indices[torch.randperm(len(self._indices), generator=self._generator)]
-        # Nearly equal batches: a last batch of one would break batch normalisation and weigh too much.
-        return torch.tensor_split(order, self._steps_per_epoch)
-
-    def batch_of(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network takes of a batch, and its labels."""
-        labels = self._workspace.labels(batch).to(self._workspace.device)
-        pixels = self._workspace.model.augment(self._workspace.pixels(batch), self._generator)
-        return self._workspace.model.normalised(pixels), labels
-
-    def rate(self) -> float:
-        """The learning rate of the next step."""
-        return self._set_learning_rate()
 
     def run(self) -> Training:
         plan = self._plan
@@ -352,13 +391,13 @@ class Job:
         for epoch in range(1, plan.local_epochs + 1):
             started = time.monotonic()
             epoch_totals = _Totals()
-            for batch in self.epoch_batches():
-                self._train_on(batch, epoch_totals)
+            for batch, drawn in zip(*map(self._order.split, self._order.epoch()), strict=True):
+                self._train_on(batch, drawn, epoch_totals)
                 yield None
             yield self._progress(epoch, epoch_totals, time.monotonic() - started)
         result = TrainResult(
             weights=export_weights(self._model),
-            examples=len(self._indices),
+            examples=len(self._order.indices),
             metrics={
                 "train_loss": epoch_totals.loss / epoch_totals.examples,
                 "train_accuracy": epoch_totals.right / epoch_totals.examples,
@@ -378,11 +417,13 @@ class Job:
         n = totals.examples
         return EpochProgress(epoch, self._plan.local_epochs, totals.loss / n, totals.right / n, n, seconds)
 
-    def _train_on(self, batch: Tensor, totals: _Totals) -> None:
+    def _train_on(self, batch: Tensor, drawn: Tensor, totals: _Totals) -> None:
         self._require_time()
-        pixels, labels = self.batch_of(batch)
+        model = self._workspace.model
+        labels = self._workspace.labels(batch).to(self._workspace.device)
+        pixels = model.normalised(model.augment(self._workspace.pixels(batch), drawn))
         lr = self._set_learning_rate()
-        with self._own_global_state(), mixed_precision(self._workspace.device):
+        with self._own_global_state(), model.forwards():
             logits = self._model(pixels)
         logits = logits.float()
         loss = self._loss(logits, labels)
@@ -393,7 +434,8 @@ class Job:
                 step=self._step + 1,
             )
         self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with model.exactly():
+            loss.backward()  # type: ignore[no-untyped-call]
         self._pull_gradient()
         self._optimiser.step()
         self._correct(lr)
@@ -418,7 +460,7 @@ class Job:
             )
 
     def _set_learning_rate(self) -> float:
-        steps = self._steps_per_epoch * self._plan.local_epochs
+        steps = self._order.batches * self._plan.local_epochs
         done = (self._plan.round - 1 + (self._step + 0.5) / steps) / self._plan.rounds
         lr = self._peak * (learning_rate_factor(done) if self._plain is None else 1.0)
         for group in self._optimiser.param_groups:
@@ -534,11 +576,6 @@ def log_prior(counts: Tensor) -> Tensor:
     """Logarithm of the local class frequencies, which training adds to the logits."""
     floored = counts.clamp(min=PRIOR_FLOOR)
     return (floored / floored.sum()).log()
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; full precision on a CPU, where results shall be reproducible bit for bit."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _get_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

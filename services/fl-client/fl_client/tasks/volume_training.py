@@ -73,9 +73,14 @@ class VolumeModel(Classifier):
         """Boxes that are judged at a time."""
         return max(1, EVALUATION_VOXELS // math.prod(self.options.box.shape))
 
-    def augment(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    @property
+    def random_numbers(self) -> int:
+        """How many `augment` takes of a box."""
+        return RANDOM_NUMBERS
+
+    def augment(self, pixels: Tensor, drawn: Tensor) -> Tensor:
         """See `augment`."""
-        return augment(pixels, generator)
+        return augment(pixels, drawn)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Bytes as floats (0 to 255) → what the networks take."""
@@ -141,6 +146,11 @@ class VolumeWorkspace(ClassifierWorkspace):
         fits = self.device.type == "cuda" and size <= GPU_CACHE_BYTES
         self._resident = self._read(range(len(scan.examples))).to(self.device) if fits else None
 
+    @property
+    def resident(self) -> Tensor | None:
+        """All boxes, where they lie on the device."""
+        return self._resident
+
     def pixels(self, indices: Tensor) -> Tensor:
         """(n, 1, z, y, x) bytes on the device."""
         if self._resident is not None:
@@ -151,15 +161,13 @@ class VolumeWorkspace(ClassifierWorkspace):
         return torch.from_numpy(np.stack([self._boxes.get(self._examples[i]) for i in indices]))[:, None]
 
 
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def augment(pixels: Tensor, drawn: Tensor) -> Tensor:
     """Mirror, turn, zoom, shift, brighten each box of a batch on its own; (n, 1, z, y, x) bytes → floats 0 to 255.
 
     Boxes are mirrored along all three axes (as in Isensee et al. 2021, doi:10.1038/s41592-020-01008-z): a nodule is one in
-    whichever lobe it lies. All random numbers come from `generator`, which lives on the CPU, so that a GPU draws the same
-    ones.
+    whichever lobe it lies. `drawn` are (n, 10) numbers of [0, 1).
     """
-    n = len(pixels)
-    r = (torch.rand(n, RANDOM_NUMBERS, generator=generator) * 2 - 1).to(pixels.device)
+    r = (drawn * 2 - 1).to(pixels.device)
     moved = functional.grid_sample(pixels.float(), sampled(r, pixels.shape[2:]), align_corners=False)
     contrast = (1 + r[:, 6] * MAX_CONTRAST).view(-1, 1, 1, 1, 1)
     return moved * contrast + (r[:, 7] * MAX_BRIGHTNESS * 255).view(-1, 1, 1, 1, 1)
