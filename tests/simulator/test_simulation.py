@@ -442,6 +442,25 @@ def test_clients_that_are_trained_together_get_the_same_weights(
     assert max(float(np.abs(one[name] - initial[name]).max()) for name in one) > 1e-3
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_gives_the_same_weights_on_a_gpu(tmp_path: Path) -> None:
+    """What is recorded in the first round is replayed in the second, with fewer clients than there is room for."""
+    make_phantoms(tmp_path / "data", 6)
+    options = ("image_size=32", "model=lenet", "recipe=plain", "momentum=0.5", "crop=24")
+    flags: dict[str, Any] = {
+        "data": tmp_path / "data",
+        "clients": 5,
+        "partition": "dirichlet:1",
+        "rounds": 2,
+        "lr": 0.02,
+    }
+    flags |= {"strategy": "fedavg", "local_epochs": 2, "batch_size": 4, "options": options, "device": "cuda"}
+    apart, grouped, again = (run(tmp_path / str(n), {**flags, "together": n % 10}) for n in (1, 3, 13))
+    assert grouped["weights_digest"] == again["weights_digest"] != apart["weights_digest"]
+    one, other = (read_weights(tmp_path / name / MODEL) for name in ("1", "3"))
+    assert max(float(np.abs(one[name] - other[name]).max()) for name in one) < 1e-4
+
+
 def test_what_cannot_be_trained_together_is_refused(table: Path) -> None:
     with pytest.raises(MedHiveError, match="leave out --together"):
         run(table / "out", table_flags(table, together=4))
