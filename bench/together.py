@@ -11,6 +11,7 @@ whether doing it again gives the same bits.
 import argparse
 import json
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ import torch
 from machine import describe, load
 
 from fl_client.local_round import LocalRound, local_round, local_rounds_together
-from fl_client.tasks import RoundPlan, completed
+from fl_client.tasks import RoundPlan, completed, together
 from fl_client.tasks.training import ClassifierWorkspace
 from simulator.command import simulation_of
 
@@ -116,8 +117,11 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--together", type=int, help="clients at a time; all, if left out")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--always", action="store_true", help="also where a CPU would take one client after the other")
     chosen = parser.parse_args()
     chosen.together = chosen.together or chosen.clients
+    if chosen.always:
+        together.MOST_ON_CPU = math.inf
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     device = torch.cuda.get_device_name() if chosen.device.startswith("cuda") else "cpu"
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +130,7 @@ def main() -> int:
             rows.append(Case(Path(folder), model, chosen).compare())
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     told = {"machine": describe(), "device": device, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(json.dumps({**told, "together": rows}, indent=2))
+    print(json.dumps({**told, "rounds": rows}, indent=2))
     return 0
 
 

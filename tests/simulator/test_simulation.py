@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -420,6 +421,7 @@ def test_clients_that_are_trained_together_get_the_same_weights(
     monkeypatch.setattr(ImageModel, "build", lambda self, seed: build(self, seed).double())
     monkeypatch.setattr(ImageModel, "normalised", lambda self, pixels: normalised(self, pixels).double())
     monkeypatch.setattr(together, "CHUNK_STEPS", 3)
+    monkeypatch.setattr(together, "MOST_ON_CPU", math.inf)
     make_phantoms(tmp_path / "data", 6)
     options = ("image_size=32", f"model={model}", "recipe=plain", "momentum=0.5", "weight_decay=0.01", "crop=24")
     flags: dict[str, Any] = {
@@ -440,6 +442,20 @@ def test_clients_that_are_trained_together_get_the_same_weights(
     assert max(float(np.abs(one[name] - other[name]).max()) for name in one) < 1e-5
     initial = read_weights(tmp_path / "apart" / "initial.safetensors")
     assert max(float(np.abs(one[name] - initial[name]).max()) for name in one) > 1e-3
+
+
+def test_on_a_cpu_large_steps_are_taken_one_after_the_other(tmp_path: Path) -> None:
+    """15,002 numbers of an example are passed on by the layers of `lenet`: a batch of four is small, one of all is large."""
+    make_phantoms(tmp_path / "data", 16)
+    options = ("image_size=32", "channels=3", "model=lenet", "recipe=plain")
+    flags: dict[str, Any] = {"data": tmp_path / "data", "clients": 2, "rounds": 1, "lr": 0.02, "options": options}
+    flags |= {"strategy": "fedavg", "local_epochs": 2}
+    for batch_size, same in ((4, False), (50, True)):
+        apart, grouped = (
+            run(tmp_path / f"{batch_size}-{size}", {**flags, "batch_size": batch_size, "together": size})
+            for size in (1, 2)
+        )
+        assert (grouped["weights_digest"] == apart["weights_digest"]) is same
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -22,7 +22,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
 from torch.nn.modules.dropout import _DropoutNd
 
-from fl_client.tasks.base import FloatArray, RoundPlan, TrainResult, Weights
+from fl_client.tasks.base import FloatArray, RoundPlan, TrainResult, Weights, completed
 from fl_client.tasks.errors import TrainingDiverged, WrongOption
 from fl_client.tasks.models import require_same_layout
 from fl_client.tasks.products import as_products
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 CHUNK_STEPS = 256
 """Steps whose batches are put together at a time: enough to keep a GPU busy, and a few megabytes."""
+MOST_ON_CPU = 2**17
+"""Numbers that the layers of one site's model pass on in a step. With more, a CPU has enough to do with one site, and would
+have to fetch from memory what of one site lies in its caches: as one computation it takes longer (docs/benchmarks.md)."""
 WARM_UP_STEPS = 3
 """Before a step is recorded: libraries choose their ways and take their memory in the first ones."""
 
@@ -60,17 +63,54 @@ def train_together(
 ) -> list[TrainResult | TrainingDiverged]:
     """One round of sites that share a classifier, from the same weights; see `fl_client.tasks.base.Together`.
 
+    As one computation, but for steps so large that a CPU is quicker with one site after the other.
+
     Raises:
         NotEnoughExamples: a site has none to train on.
         WrongArchitecture: the weights, or a correction, are of another model.
         WrongOption: as `require_together`.
     """
     classifier = workspaces[0].model
+    require_together(classifier)
+    if not _worth_it(workspaces, plans[0].batch_size):
+        return [_alone(workspace, weights, plan) for workspace, plan in zip(workspaces, plans, strict=True)]
     settings = Settings.of(plans)
     cohort = classifier.cohort
     if cohort is None or cohort.size < len(workspaces) or cohort.settings != settings:
         cohort = classifier.cohort = Cohort(classifier, len(workspaces), settings)
     return cohort.train(workspaces, weights, plans)
+
+
+def _worth_it(workspaces: "Sequence[ClassifierWorkspace]", batch_size: int) -> bool:
+    """Whether the models shall take their steps as one: on a CPU only where a step of one site is small."""
+    classifier = workspaces[0].model
+    if classifier.device.type != "cpu":
+        return True
+    if classifier.passed_on is None:
+        classifier.passed_on = _passed_on(workspaces[0])
+    examples = (len(workspace.indices("train")) for workspace in workspaces)
+    longest = max(math.ceil(count / math.ceil(count / batch_size)) for count in examples)
+    return longest * classifier.passed_on <= MOST_ON_CPU
+
+
+def _passed_on(workspace: "ClassifierWorkspace") -> int:
+    """How many numbers the layers of the model pass on of one example."""
+    classifier, sizes = workspace.model, list[int]()
+    model = classifier.build(seed=0)
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda _module, _given, found: sizes.append(found.numel()))
+    pixels = workspace.pixels(workspace.indices("train")[:1])
+    with torch.no_grad():
+        model(classifier.normalised(classifier.augment(pixels, torch.zeros(1, classifier.random_numbers))))
+    return sum(sizes)
+
+
+def _alone(workspace: "ClassifierWorkspace", weights: Weights, plan: RoundPlan) -> TrainResult | TrainingDiverged:
+    try:
+        return completed(workspace.train(weights, plan))
+    except TrainingDiverged as error:
+        return error
 
 
 @dataclass(frozen=True)

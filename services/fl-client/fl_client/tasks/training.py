@@ -114,6 +114,7 @@ class Classifier(ABC):
         memory_format: how its weights lie in memory.
         plain: the plain recipe, where the study asks for it.
         cohort: room for the models of many sites, from the last time that they were trained together.
+        passed_on: how many numbers its layers pass on of one example, once that was asked.
     """
 
     memory_format: torch.memory_format
@@ -125,6 +126,7 @@ class Classifier(ABC):
         self.device = resolve_device(device)
         self._spare = [self.build(seed=0)]
         self.cohort: Cohort | None = None
+        self.passed_on: int | None = None
 
     @abstractmethod
     def network(self, seed: int) -> nn.Module:
