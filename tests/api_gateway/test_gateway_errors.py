@@ -13,6 +13,7 @@ from api_gateway.errors import STATUS, known_code
 from api_gateway.http import MAX_JSON_BYTES
 from medhive import client, errors
 from medhive.errors import MedHiveError
+from medhive.version import PROTOCOL
 from medhive.wire import API
 
 JSON = {"Content-Type": "application/json"}
@@ -114,7 +115,7 @@ def test_what_is_not_there_is_a_problem_too(world: World) -> None:
 def test_answers_carry_the_version_and_are_not_cached(world: World) -> None:
     with world.gateway.http() as http:
         answer = http.get("/coordinator")
-    assert answer.headers["MedHive-Protocol"] == "1" and answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["MedHive-Protocol"] == str(PROTOCOL) and answer.headers["Cache-Control"] == "no-store"
 
 
 def test_a_proxy_is_believed_only_when_named(world: World) -> None:

@@ -346,11 +346,11 @@ def require_fit(seen: Seen, text: str, meeting: Path) -> None:
             f"Ray on {seen.machine} asks for no token, so that anybody who reaches its ports can have it run anything; "
             "start the cluster with RAY_AUTH_MODE=token."
         )
+    wanted = f"install medhive-simulator[ray] {__version__} for the Python that runs Ray there."
+    if not seen.version:
+        raise MachineUnfit(f"{seen.machine} has no MedHive, and this one {__version__}; {wanted}")
     if seen.version != __version__:
-        raise MachineUnfit(
-            f"{seen.machine} has {f'MedHive {seen.version}' if seen.version else 'no MedHive'}, and this one {__version__}; "
-            f"install medhive-simulator[ray] {__version__} for the Python that runs Ray there."
-        )
+        raise MachineUnfit(f"{seen.machine} has MedHive {seen.version}, and this one {__version__}; {wanted}")
     if seen.text != text:
         raise MachineUnfit(
             f"{seen.machine} does not see the result folder {meeting.parent}; put --out on a disk that all machines of the "
