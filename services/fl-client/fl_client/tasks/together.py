@@ -71,7 +71,6 @@ def train_together(
         WrongOption: as `require_together`.
     """
     classifier = workspaces[0].model
-    require_together(classifier)
     if not _worth_it(workspaces, plans[0].batch_size):
         return [_alone(workspace, weights, plan) for workspace, plan in zip(workspaces, plans, strict=True)]
     settings = Settings.of(plans)
