@@ -405,6 +405,17 @@ def test_what_does_not_fit_is_said_in_a_sentence(
 
 # ---- many clients as one computation -----------------------------------------------------------------------------------
 
+UNEQUAL: dict[str, Any] = {
+    "clients": 5,
+    "partition": "dirichlet:1",
+    "rounds": 2,
+    "lr": 0.02,
+    "strategy": "fedavg",
+    "local_epochs": 2,
+    "batch_size": 4,
+}
+"""Two rounds of clients of unequal sizes."""
+
 
 @pytest.mark.parametrize(
     ("model", "strategy"),
@@ -424,15 +435,8 @@ def test_clients_that_are_trained_together_get_the_same_weights(
     monkeypatch.setattr(together, "MOST_ON_CPU", math.inf)
     make_phantoms(tmp_path / "data", 6)
     options = ("image_size=32", f"model={model}", "recipe=plain", "momentum=0.5", "weight_decay=0.01", "crop=24")
-    flags: dict[str, Any] = {
-        "data": tmp_path / "data",
-        "clients": 5,
-        "partition": "dirichlet:1",
-        "rounds": 2,
-        "lr": 0.02,
-    }
-    flags |= {"local_epochs": 2, "batch_size": 4, "options": (*options, "brightness=9"), "dropout": 0.2, "seed": 3}
-    flags |= {"strategy": "fedavg", **strategy}
+    flags = {**UNEQUAL, "data": tmp_path / "data", "options": (*options, "brightness=9"), "dropout": 0.2, "seed": 3}
+    flags |= strategy
     apart = run(tmp_path / "apart", flags)
     grouped = run(tmp_path / "together", {**flags, "together": 3})
     for name in ("clients_answered", "refusals", "validation"):
@@ -463,14 +467,7 @@ def test_a_recorded_step_gives_the_same_weights_on_a_gpu(tmp_path: Path) -> None
     """What is recorded in the first round is replayed in the second, with fewer clients than there is room for."""
     make_phantoms(tmp_path / "data", 6)
     options = ("image_size=32", "model=lenet", "recipe=plain", "momentum=0.5", "crop=24")
-    flags: dict[str, Any] = {
-        "data": tmp_path / "data",
-        "clients": 5,
-        "partition": "dirichlet:1",
-        "rounds": 2,
-        "lr": 0.02,
-    }
-    flags |= {"strategy": "fedavg", "local_epochs": 2, "batch_size": 4, "options": options, "device": "cuda"}
+    flags = {**UNEQUAL, "data": tmp_path / "data", "options": options, "device": "cuda"}
     apart, grouped, again = (run(tmp_path / str(n), {**flags, "together": n % 10}) for n in (1, 3, 13))
     assert grouped["weights_digest"] == again["weights_digest"] != apart["weights_digest"]
     one, other = (read_weights(tmp_path / name / MODEL) for name in ("1", "3"))

@@ -118,7 +118,10 @@ def score(labels: Labels, probabilities: Floats) -> Scores:
     Raises:
         NotEnoughExamples: n is 0.
     """
-    clipped = _clipped(labels, probabilities)
+    return _scores(labels, _clipped(labels, probabilities))
+
+
+def _scores(labels: Labels, clipped: Floats) -> Scores:
     confusion = np.zeros((clipped.shape[1],) * 2, np.int64)
     np.add.at(confusion, (labels, clipped.argmax(axis=1)), 1)
     return Scores(
@@ -142,8 +145,9 @@ def evaluate(labels: Labels, probabilities: Floats, classes: Sequence[str]) -> E
     Raises:
         NotEnoughExamples: n is 0.
     """
-    scores = score(labels, probabilities)
-    clipped, confusion = _clipped(labels, probabilities), scores.confusion
+    clipped = _clipped(labels, probabilities)
+    scores = _scores(labels, clipped)
+    confusion = scores.confusion
     return Evaluation(
         examples=scores.examples,
         accuracy=wilson(int(np.trace(confusion)), len(labels)),
