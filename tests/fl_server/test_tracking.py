@@ -56,7 +56,6 @@ def history(mlflow: Any, run: Any, name: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:google")
 def test_nothing_is_lost_while_mlflow_is_away(stack: CoordinatorStack, mlflow: Any, tmp_path: Path) -> None:
     # A whole run while MLflow has never been there.
     first = stack.request("tumours", rounds=2)
@@ -136,7 +135,6 @@ def check_second_delivery_changes_nothing(stack: CoordinatorStack, mlflow: Any, 
     assert len(mlflow.search_model_versions("name = 'medhive-tumours'")) == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:google")
 def test_a_queues_versions_are_told_with_their_lineage(stack: CoordinatorStack, mlflow: Any, tmp_path: Path) -> None:
     if not stack.mlflow.running:
         stack.start_mlflow()

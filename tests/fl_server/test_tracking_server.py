@@ -101,7 +101,6 @@ def test_a_renewed_certificate_starts_the_server_anew(tmp_path: Path) -> None:
         process.kill()
 
 
-@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # of MLflow's own code
 def test_a_new_state_folder_needs_no_look_at_its_database(
     serve: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

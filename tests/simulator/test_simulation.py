@@ -212,7 +212,6 @@ def test_a_client_a_file_and_a_test_set(table: Path) -> None:
     assert "north" in (table / "out" / "clients.csv").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's own, of SQLAlchemy
 def test_the_mlflow_run_has_every_round_and_the_files(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient  # noqa: PLC0415 - seconds of imports
 
