@@ -3,8 +3,10 @@
 import importlib
 import json
 import pkgutil
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,12 @@ from medhive.signing import SignedBody, SigningKey, digest_of, sign
 from medhive.spec import RunSpec
 from medhive.version import OLDEST_PROTOCOL, PROTOCOL, require_compatible
 
+ROOT = Path(__file__).parents[2]
+RELEASE = re.compile(
+    r"""^(?:version\ =\ "|ARG\ VERSION=|appVersion:\ ")([\d.]+)"?$  # packages, images, chart
+        |MEDHIVE_TAG:-([\d.]+)\}|medhive/[\w$-]+:([\d.]+)""",  # composed images, guides
+    re.MULTILINE | re.VERBOSE,
+)
 FORMATS = {2: "df41d199c7f4db466c4847bf91857c3e51b122d4af00774b1ec0e097fc5663dd"}
 """For each protocol the digest of all fields that are signed or hashed. A new field is a new protocol: add a line."""
 
@@ -99,6 +107,25 @@ def test_what_is_no_envelope_is_only_unreadable(raw: bytes) -> None:
         from_bytes(Task, raw)
     with pytest.raises(InvalidInput, match="cannot be read"):
         head_of(raw)
+
+
+def test_all_that_names_a_release_names_the_one_that_programs_and_pages_show() -> None:
+    """Packages, images and chart cannot import it; programs import it from here, and say no other."""
+    files = [
+        *ROOT.glob("services/*/pyproject.toml"),
+        *ROOT.glob("services/*/Dockerfile"),
+        *ROOT.glob("deploy/*/Dockerfile"),
+        *ROOT.glob("deploy/*.yaml"),
+        *ROOT.glob("deploy/*.sh"),
+        ROOT / "docker-compose.yml",
+        ROOT / "deploy/helm/medhive/Chart.yaml",
+        ROOT / "docs/kubernetes.md",
+    ]
+    named = {path: {"".join(found) for found in RELEASE.findall(path.read_text("utf-8"))} for path in files}
+    assert {path: found for path, found in named.items() if found not in ({__version__}, set())} == {}
+    assert len([path for path, found in named.items() if found]) >= 2 * len(list(ROOT.glob("services/*")))
+    packages = ROOT.glob("services/*/*/__init__.py")
+    assert [path for path in packages if "__version__" in path.read_text("utf-8")] == [Path(medhive.__file__)]
 
 
 def changed(raw: bytes, **fields: object) -> bytes:

@@ -6,11 +6,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-import helm_python as helm
 import pytest
 from helm_chart import (
     CASES,
-    CHART,
     PORTS,
     ROOT,
     containers_of,
@@ -219,15 +217,6 @@ def test_the_proxy_sends_the_bytes_from_where_the_gateway_points() -> None:
 def test_a_liveness_that_is_a_command_is_the_images_own_check(part: str) -> None:
     command = main_of(workloads("both")[part])["livenessProbe"]["exec"]["command"]
     assert ", ".join(f'"{word}"' for word in command) in DOCKERFILES[part].read_text("utf-8")
-
-
-def test_the_chart_belongs_to_this_release() -> None:
-    version = re.search(
-        r'__version__ = "(.+)"', (ROOT / "services" / "core" / "medhive" / "__init__.py").read_text("utf-8")
-    )
-    with helm.Chart.load(CHART) as chart:
-        assert version
-        assert chart.metadata["appVersion"] == version[1]
 
 
 def test_the_examples_of_the_guide_can_be_installed() -> None:

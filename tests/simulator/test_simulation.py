@@ -204,12 +204,27 @@ def test_a_client_a_file_and_a_test_set(table: Path) -> None:
     (table / "sites").mkdir()
     for name in ("north", "south"):
         (table / f"{name}.csv").rename(table / "sites" / f"{name}.csv")
-    flags = table_flags(table, data=table / "sites", partition="sites", test=table / "data.csv", fraction=1.0)
+    flags = table_flags(
+        table, data=table / "sites", partition="sites", test=table / "data.csv", fraction=1.0, clients=2
+    )
     summary = run(table / "out", flags)
     assert summary["clients"] == 2
     assert summary["test"]["accuracy"] > 0.8
     assert summary["heldout"] == {}
     assert "north" in (table / "out" / "clients.csv").read_text()
+
+
+def test_who_says_how_many_clients_there_are_is_not_contradicted_in_silence(table: Path) -> None:
+    """Folders and a partition file say it themselves; the same number beside them is no mistake."""
+    (table / "sites").mkdir()
+    for name in ("north", "south"):
+        make_table(table, seed=len(name)).rename(table / "sites" / f"{name}.csv")
+    (table / "who.csv").write_text("example,client\ndata.csv:2,north\ndata.csv:3,south\n")
+    for partition, where in (("sites", "sites"), (str(table / "who.csv"), "who.csv")):
+        flags = table_flags(table, data=table / "sites", partition=partition)
+        assert simulation_of({**flags, "clients": 2}).clients is None
+        with pytest.raises(InvalidInput, match=f"{where} has 2 clients, and --clients says 12; leave out --clients"):
+            simulation_of(flags)
 
 
 def test_the_mlflow_run_has_every_round_and_the_files(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:

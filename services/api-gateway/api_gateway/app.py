@@ -10,7 +10,7 @@ import structlog
 from fastapi import FastAPI
 from sqlalchemy import delete
 
-from api_gateway import __version__, blobs, errors, events, runs
+from api_gateway import blobs, errors, events, runs
 from api_gateway.http import Frame
 from api_gateway.models import Attempt, Token, UsedNonce
 from api_gateway.monitoring import Exchanges, registry_of
@@ -21,6 +21,7 @@ from api_gateway.routes import events as event_routes
 from api_gateway.routes import health, identity, queues, sites, studies, tracking, versions
 from api_gateway.routes import runs as run_routes
 from api_gateway.work import Gateway
+from medhive import __version__
 from medhive.wire import API, Problem
 
 SETTLE_EVERY_S = 5.0  # how late a consent deadline may be noticed when nobody looks

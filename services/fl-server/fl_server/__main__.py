@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import structlog
 
-from fl_server import __version__
 from fl_server.dispatcher import Dispatcher
 from fl_server.flower import Command, SuperLink, superexec_command, superlink_command
 from fl_server.gate import Gate
@@ -28,6 +27,7 @@ from fl_server.nodes import NodeRegistry
 from fl_server.queues import Averager
 from fl_server.settings import PREFIX, ServerSettings
 from fl_server.supervisor import Relay, Service, Supervisor, require_free_port
+from medhive import __version__
 from medhive.client import GatewayClient
 from medhive.errors import MedHiveError, Unreachable
 from medhive.leftovers import remove_leftovers

@@ -1,3 +1,1 @@
 """Federated studies on one machine: the deployment's own rounds, strategies, checks and tasks, with no service running."""
-
-__version__ = "0.1.0"

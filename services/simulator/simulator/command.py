@@ -29,6 +29,7 @@ from medhive.terminal import (
 
 if TYPE_CHECKING:
     from simulator.compare import Cell
+    from simulator.partition import Partition
     from simulator.run import Listener
     from simulator.study import Simulation
 
@@ -81,7 +82,9 @@ NOT_SIMULATED: Final = ("deadline_s", "consent_deadline_s")  # nobody waits for 
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the task, such as image_size=96."
 )
-@click.option("--clients", type=int, help="How many, 1 to 100,000 [10]; `sites` and a file say it themselves.")
+@click.option(
+    "--clients", type=int, help="How many, 1 to 100,000 [10]; left out with `sites` and a file, which say it."
+)
 @click.option(
     "--partition",
     default=DEFAULTS["partition"],
@@ -232,9 +235,7 @@ def simulation_of(flags: Mapping[str, Any]) -> "Simulation":
     given = {name: value for name, value in flags.items() if name not in OWN_FLAGS}
     chosen = {name: value for name, value in chosen_options(given).items() if name not in NOT_SIMULATED}
     partition = Partition.parse(own["partition"])
-    clients = None if partition.kind in ("sites", "file") else own["clients"]
-    if clients is None and partition.kind not in ("sites", "file"):
-        clients = DEFAULT_CLIENTS
+    clients = _clients(partition, own["data"], own["clients"])
     if own["test_every"] > 1 and own["test"] is None:
         raise InvalidInput("--test-every is of --test, the data that judge the model.")
     fields: dict[str, Any] = {"initial_seed": chosen.get("seed", DEFAULT_SEED)}
@@ -258,6 +259,21 @@ def simulation_of(flags: Mapping[str, Any]) -> "Simulation":
         workers=_workers(own["backend"], own["workers"], own["together"]),
         ray_address=_ray_address(own["backend"], own["ray_address"]),
     )
+
+
+def _clients(partition: "Partition", data: Path, given: int | None) -> int | None:
+    """How many clients the data are dealt to; None where the partition says it, which `given` must not contradict."""
+    from simulator.federation import site_paths  # noqa: PLC0415 - seconds of imports that --help need not pay
+    from simulator.partition import SITES, WrongPartition, names_of  # noqa: PLC0415
+
+    if partition.kind not in (SITES, "file"):
+        return DEFAULT_CLIENTS if given is None else given
+    if given is not None:
+        named = len(names_of(partition.path) if partition.path is not None else site_paths(data))
+        if named != given:
+            where = partition.path or data
+            raise WrongPartition(f"{where} has {named} clients, and --clients says {given}; leave out --clients.")
+    return None
 
 
 class RayMissing(InvalidInput):

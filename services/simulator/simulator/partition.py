@@ -5,7 +5,7 @@ cost a few megabytes. Every client gets at least one example.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -171,12 +171,27 @@ def _from_file(path: Path, examples: Sequence[str]) -> Division:
             "check-data does.",
             count=len(unknown),
         )
-    names = sorted(set(rows.values()))
-    if len(names) > MAX_CLIENTS:
-        raise WrongPartition(f"{path} names {len(names)} clients; at most {MAX_CLIENTS} are taken.")
+    names = _names(path, rows)
     place = {name: index for index, name in enumerate(names)}
     owners = np.array([place[rows[name]] if name in rows else -1 for name in examples], dtype=np.int64)
     return Division.of_owners(owners, names)
+
+
+def names_of(path: Path) -> list[str]:
+    """The clients that a partition file names, in order.
+
+    Raises:
+        NotFound: it cannot be read.
+        WrongPartition: it is no such file.
+    """
+    return _names(path, _rows(path))
+
+
+def _names(path: Path, rows: Mapping[str, str]) -> list[str]:
+    names = sorted(set(rows.values()))
+    if len(names) > MAX_CLIENTS:
+        raise WrongPartition(f"{path} names {len(names)} clients; at most {MAX_CLIENTS} are taken.")
+    return names
 
 
 def _rows(path: Path) -> dict[str, str]:
