@@ -7,8 +7,8 @@ the same: enough to see that it learns, not to compare it. Writes `figures.json`
 
 What is not as published: batches are nearly equal (5,000 images in 79 batches of 63 or 64, not 78 of 64 and one of 8),
 weights begin as PyTorch draws them, seeds draw other numbers than the authors' programs, and clients of FedAvg's CIFAR-10
-hold no images of their own for tests (100 each in the paper): the published test set judges. FedAvg's learning rate is not in
-the paper's text, and the tutorial's weight decay, of which the paper says nothing, is left out.
+hold no images of their own for tests (100 each in the paper): the published test set judges. FedAvg's learning rate is not
+in the paper's text, and the tutorial's weight decay, of which the paper says nothing, is left out.
 """
 
 import argparse
