@@ -88,7 +88,8 @@ def test_it_ends_where_all_sites_losses_are_least_and_averaging_does_not(tmp_pat
 def test_a_site_that_does_not_say_its_rates_is_named(tmp_path: Path) -> None:
     write_weights(tmp_path / "w", {"w": np.zeros(2, np.float32)})
     strategy = Scaffold()
-    with pytest.raises(NoRateSum, match="training at b does not say"):
+    with pytest.raises(NoRateSum, match="does not say the sum of its learning rates") as refused:
         updates = [Update("a", tmp_path / "w", 1, 0.1), Update("b", tmp_path / "w", 1)]
         strategy.aggregate(tmp_path / "w", updates, strategy.initial_state(tmp_path), tmp_path / "out")
+    assert refused.value.data == {"site": "b"}
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Images in packed files: read as published, and nothing that a hostile file says is believed or run."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ from PIL import Image
 
 from fl_client.check import check_data, study_of_folder
 from fl_client.tasks import LocalOptions, RoundPlan, finish, load_task
-from fl_client.tasks.errors import DataFolderMissing, UnknownClass, WrongArchitecture, WrongOption
+from fl_client.tasks.errors import (
+    DataFolderMissing,
+    MissingClass,
+    PickledData,
+    UnknownClass,
+    WrongArchitecture,
+    WrongOption,
+)
 from fl_client.tasks.image_training import cropped, middle, relit, whitened
 from fl_client.tasks.images import ImageOptions
 from fl_client.tasks.models import build_model
@@ -109,6 +117,20 @@ def test_an_archive_that_is_none_is_refused(tmp_path: Path, arrays: dict[str, An
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(DataFolderMissing, match=r"set.npz is no archive of images"):
         list(read_packed(tmp_path, "train"))
+    assert "unpickled" not in capfd.readouterr().out
+
+
+def test_the_pickled_version_is_named_and_never_read(tmp_path: Path, capfd: Any) -> None:
+    """As CIFAR-10's version for Python is: at a hospital whose study is known, and before there is one."""
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps({b"data": Evil()}, protocol=2))
+    (tmp_path / "readme.html").write_text("<html>")
+    study = StudyData(classes=("cat", "dog"))
+    for look in (lambda: study_of_folder(tmp_path), lambda: check_data("image-folder", tmp_path, study, b"secret")):
+        with pytest.raises(PickledData, match=r"data_batch_1 is a pickled file, which is never read.*binary version"):
+            look()
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(MissingClass):
+        check_data("image-folder", tmp_path, study, b"secret")
     assert "unpickled" not in capfd.readouterr().out
 
 

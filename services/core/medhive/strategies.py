@@ -663,8 +663,8 @@ def require_rate_sum(site: str, rate_sum: float) -> None:
     """Refuse an update that SCAFFOLD can make no control variate of. Raises `NoRateSum`."""
     if not rate_sum > 0:
         raise NoRateSum(
-            f"The training at {site} does not say the sum of its learning rates, which SCAFFOLD needs: the study's task "
-            "trains in another way. Ask for another strategy.",
+            "The training does not say the sum of its learning rates, which SCAFFOLD needs: the study's task trains in "
+            "another way. Ask for another strategy.",
             site=site,
         )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fl_client.tasks.base import DataReport, LocalOptions, OnProgress, load_task
 from fl_client.tasks.errors import DataFolderMissing
-from fl_client.tasks.packed_images import packed_classes, packed_files
+from fl_client.tasks.packed_images import packed_classes, packed_files, require_unpickled
 from medhive.errors import InvalidInput
 from medhive.spec import StudyData
 from medhive.terminal import build
@@ -41,11 +41,13 @@ def study_of_folder(path: Path) -> StudyData:
 
     Raises:
         DataFolderMissing: there is nothing, or there are not two folders, nor packed images of two classes.
+        PickledData: there are pickled files alone.
     """
     if not path.exists():
         raise DataFolderMissing(f"There is nothing at {path}; give the data's folder or file.", folder=str(path))
     if packed_files(path):
         return StudyData(classes=packed_classes(path))
+    require_unpickled(path)
     folders = (
         sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
     )

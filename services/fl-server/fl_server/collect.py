@@ -59,6 +59,7 @@ DOWNLOADS = 3
 EVALUATOR_PATIENCE_S = 30.0
 """An evaluate-only site that has not said by then that it is at work holds nobody up, once all who train are done."""
 REASON_LENGTH = 300
+MAX_LISTED = 5  # names beside one reason, which must not be lost among them; the round's record names all
 
 WAITING: Mapping[TaskType, frozenset[Activity]] = MappingProxyType(
     {
@@ -616,11 +617,19 @@ class _Call:
 
 
 def too_few(what: str, collected: Collected, left_out: Mapping[str, str], needed: int) -> str:
-    """The sentence that says why a step failed: how many answered, and each other site with its reason."""
+    """The sentence that says why a step failed: how many answered, and for each reason the sites that have it."""
     asked = len(collected.answers) + len(collected.dropped)
-    reasons = [f"{site}: {reason}" for site, reason in {**collected.dropped, **left_out}.items()]
+    sites: dict[str, list[str]] = {}
+    for site, reason in {**collected.dropped, **left_out}.items():
+        sites.setdefault(reason.removesuffix("."), []).append(site)
+    reasons = [f"{_listed(names)}: {reason}" for reason, names in sites.items()]
     listed = "; ".join(reasons) if reasons else "no other site was asked"
     return f"{what}: {len(collected.answers)} of {asked} sites answered, {needed} are needed ({listed})."
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def drop_from(collected: Collected, reasons: Mapping[str, str], **bound: Any) -> Collected:

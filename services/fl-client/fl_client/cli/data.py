@@ -115,7 +115,7 @@ def _unjoined(path: Path | None, given: dict[str, Any], class_map: dict[str, str
 
 
 def _show_report(terminal: Terminal, subject: _Subject, report: DataReport, shown: int) -> None:
-    against = f"study {subject.study}" if subject.study else "its own class folders"
+    against = f"study {subject.study}" if subject.study else "its own classes"
     terminal.line(f"{subject.path} against {against}: {report.examples} examples")
     terminal.line()
     rows = [

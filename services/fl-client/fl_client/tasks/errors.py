@@ -9,6 +9,12 @@ class DataFolderMissing(NotFound):
     code = "data-folder-missing"
 
 
+class PickledData(InvalidInput):
+    """The data are pickled Python objects, which are never read."""
+
+    code = "pickled-data"
+
+
 class UnknownClass(InvalidInput):
     """A class folder or label value that the study does not know."""
 

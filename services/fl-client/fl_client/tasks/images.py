@@ -35,7 +35,7 @@ from fl_client.tasks.errors import (
     WrongOption,
 )
 from fl_client.tasks.folders import class_folders, groups_of_csv, known_group, walk
-from fl_client.tasks.packed_images import PackedImage, packed_files, read_packed
+from fl_client.tasks.packed_images import PackedImage, packed_files, read_packed, require_unpickled
 from medhive.spec import StudyData
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
@@ -323,6 +323,7 @@ def _candidates(
     grouping = _grouping(options, local)
     if packed_files(data_dir):
         return _list_packed(data_dir, study, local, grouping), []
+    require_unpickled(data_dir)
     folders = class_folders(data_dir, study, local, allow_missing=options.allow_missing_classes)
     return _list_files(data_dir, study, folders, grouping)
 

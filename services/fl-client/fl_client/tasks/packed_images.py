@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from fl_client.tasks.errors import DataFolderMissing
+from fl_client.tasks.errors import DataFolderMissing, PickledData
 
 Subset = Literal["train", "test"]
 Wanted = Literal["train", "test", "judge"]
@@ -28,6 +28,7 @@ MAX_ARCHIVE_BYTES = 16 * 2**30  # unpacked, of one file; the largest public sets
 MAX_SIDE = 8192  # as many pixels as one decoded file may have
 CIFAR_SIDE, CIFAR_RECORD = 32, 1 + 3 * 32 * 32
 CIFAR_NAMES = "batches.meta.txt"
+PICKLES = tuple(b"\x80%c" % protocol for protocol in range(2, 6))  # how they begin, since protocol 2
 PREFIXES: Mapping[Subset, tuple[str, ...]] = {"train": ("train_", "val_"), "test": ("test_",)}
 
 UInt8 = npt.NDArray[np.uint8]
@@ -54,6 +55,32 @@ def packed_files(data: Path) -> list[Path]:
         and not path.name.startswith(".")
         and path.resolve().is_relative_to(root)
     ]
+
+
+def require_unpickled(data: Path) -> None:
+    """Say so where there is nothing but pickled files, such as CIFAR-10's version for Python.
+
+    Raises:
+        PickledData: nothing of it will be read.
+    """
+    found = sorted(p for p in data.iterdir() if not p.name.startswith(".")) if data.is_dir() else [data]
+    if any(path.is_dir() for path in found):
+        return
+    pickled = next((path for path in found if path.is_file() and _is_pickled(path)), None)
+    if pickled is not None:
+        raise PickledData(
+            f"{pickled} is a pickled file, which is never read, since reading it can run any code; give images in one "
+            "folder per class, npz archives, or the binary version of CIFAR-10 (cifar-10-binary.tar.gz).",
+            file=pickled.name,
+        )
+
+
+def _is_pickled(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return path.suffix.lower() in (".pkl", ".pickle") or file.read(2) in PICKLES
+    except OSError:
+        return False
 
 
 def packed_classes(data: Path) -> tuple[str, ...]:
