@@ -25,7 +25,7 @@ from medhive.packing import sha256_file
 from medhive.terminal import main
 from simulator import command
 from simulator.command import simulate_command
-from simulator.compare import COMPARISON_JSON
+from simulator.compare import COMPARISON_JSON, folder_of
 from simulator.desk import END, MODEL, RECORD
 from simulator.flower import MachineUnfit, Seen, look_at, require_fit
 
@@ -139,17 +139,14 @@ def node(host: str, words: list[str], token: Path, mark: str) -> Iterator[None]:
 def test_it_goes_on_wherever_it_is_ended_and_in_a_cluster_with_the_bits_of_one_process(
     tmp_path: Path, one_torch_thread: None
 ) -> None:
-    """Killed, interrupted, told to end; then in a cluster, where it loses an actor, is killed, and goes on to the end."""
+    """Interrupted, told to end; then in a cluster, where it loses an actor, is killed, and goes on to the end."""
     make_table(tmp_path)
     flags = table_flags(tmp_path, rounds=16, dropout=0.1, poison="0.2:nan")
     expected = run(tmp_path / "inline", flags)
     mark, out = secrets.token_hex(8), tmp_path / "ray"
     spread = {**flags, "backend": "ray", "workers": 2}
-    for sent in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+    for sent in (signal.SIGINT, signal.SIGTERM):
         with simulating(spread, out, **{MARK: mark}) as process:
-            if sent == signal.SIGKILL:
-                a_round_later(out, process)
-                assert listening(marked(mark)) == {"127.0.0.1"}
             wait(lambda: bool(marked(mark, ACTOR)), "no actor comes up")
             process.send_signal(sent)
             said = process.communicate(timeout=DEADLINE_S)[1].decode()
@@ -199,22 +196,35 @@ def in_a_cluster(flags: dict[str, Any], out: Path, mark: str, token: Path) -> No
     assert f"round {flags['rounds']}/{flags['rounds']}: " in said
 
 
-def test_a_comparison_works_over_ray_with_corrections_and_optimisers(tmp_path: Path, one_torch_thread: None) -> None:
+def test_a_comparison_shares_its_processes_and_goes_on_after_a_kill_with_the_bits_of_one_process(
+    tmp_path: Path, one_torch_thread: None
+) -> None:
     """Images whose optimiser's state stays at each client, who is sent a correction; without a fault and with NaN."""
     make_phantoms(tmp_path / "data", 8)
-    flags = {"data": tmp_path / "data", "clients": 4, "rounds": 2, "local_epochs": 1, "compare": "scaffold"}
+    flags = {"data": tmp_path / "data", "clients": 4, "rounds": 3, "local_epochs": 1, "compare": "scaffold"}
     flags |= {"poison": "0.3:nan", "option": "image_size=32"}
     assert main(simulate_command, arguments(flags, tmp_path / "inline")) == 0
     mark, out = secrets.token_hex(8), tmp_path / "ray"
-    with simulating({**flags, "backend": "ray", "workers": 2}, out, **{MARK: mark}) as process:
+    spread = {**flags, "backend": "ray", "workers": 2}
+    without, with_nan = (out / folder_of("scaffold", fault) for fault in ("none", "nan 0.3"))
+    with simulating(spread, out, **{MARK: mark}) as process:
+        a_round_later(without, process)
+        actors = marked(mark, ACTOR)
+        assert listening(marked(mark)) == {"127.0.0.1"}
+        a_round_later(with_nan, process)
+        assert marked(mark, ACTOR) == actors, "each simulation has its own"
+        process.kill()
+    wait(lambda: not marked(mark), f"Ray's processes outlive the comparison: {marked(mark)}")
+    assert not (with_nan / END).exists()
+    with simulating(spread, out, **{MARK: mark}) as process:
         said = process.communicate(timeout=DEADLINE_S)[1].decode()
     assert process.returncode == 0, said
     wait(lambda: not marked(mark), "Ray's processes outlive the comparison")
     one, other = (json.loads((folder / COMPARISON_JSON).read_text()) for folder in (out, tmp_path / "inline"))
     assert [{**cell, "seconds": 0} for cell in one] == [{**cell, "seconds": 0} for cell in other]
     assert [cell["refusals"] > 0 for cell in one] == [False, True]
-    for model in out.rglob(MODEL):
-        assert sha256_file(model) == sha256_file(tmp_path / "inline" / model.relative_to(out))
+    for folder in (without, with_nan):
+        assert sha256_file(folder / MODEL) == sha256_file(tmp_path / "inline" / folder.relative_to(out) / MODEL)
 
 
 def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,9 +169,12 @@ def test_what_clients_correct_by_or_keep_to_themselves_survives_too(tmp_path: Pa
     assert run(tmp_path / "cut", flags | {"strategy": strategy})["weights_digest"] == whole["weights_digest"]
 
 
-def test_what_does_not_go_together_is_refused(table: Path) -> None:
+def test_what_does_not_go_together_is_refused(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InvalidInput, match="leave out --forget"):
         run(table / "out", table_flags(table, strategy="fedbn", forget=True))
+    alone = arguments(table_flags(table, compare="fedbn"), table / "compared")
+    assert main(simulate_command, [*alone, "--forget"]) == 1
+    assert "leave out --forget" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -322,7 +325,8 @@ def test_slow_sites_are_late_unless_the_round_waits(table: Path) -> None:
 
 def test_too_few_answers_fail_the_run_with_the_reason(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(simulate_command, arguments(table_flags(table, dropout=1.0), table / "out")) == 1
-    assert "0 of 6 sites answered, 2 are needed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(r"0 of 6 sites answered, 2 are needed \((client-\d\d, ){4}client-\d\d and 1 more: .*\)\.", said)
     page = (table / "out" / "report.html").read_text()
     assert "<h1>Simulation: fedavg, 12 clients, iid, dropout 1</h1>" in page
     assert "<p class=failed>failed: Round 1" in page
@@ -392,6 +396,19 @@ def test_strategies_are_compared_under_faults(table: Path, capsys: pytest.Captur
     assert (table / "out" / "curves.png").exists()
     assert main(simulate_command, arguments({**flags, "compare": "fedavgg"}, table / "out2")) == 1
     assert "Did you mean fedavg?" in capsys.readouterr().err
+
+
+def test_a_comparison_and_a_simulation_do_not_write_over_each_other(
+    table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = table_flags(table, rounds=1, strategy="fedavg", dropout=0.1)
+    assert main(simulate_command, arguments(flags, table / "one")) == 0
+    assert main(simulate_command, arguments({**flags, "compare": "fedavg"}, table / "one")) == 1
+    assert "one holds a single simulation; choose another --out" in capsys.readouterr().err
+    assert main(simulate_command, arguments({**flags, "compare": "fedavg,scaffold"}, table / "many")) == 0
+    assert "scaffold (none, dropout 0.1): Round 1 " in capsys.readouterr().out
+    assert main(simulate_command, arguments(flags, table / "many")) == 1
+    assert "many holds a comparison; choose another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -185,9 +185,11 @@ def _compare(terminal: Terminal, given: dict[str, Any], text: str) -> None:
 
 
 def _show_comparison(terminal: Terminal, cells: "Sequence[Cell]", out: Path) -> None:
-    from simulator.compare import rows_of  # noqa: PLC0415
+    from simulator.compare import failures_of, rows_of  # noqa: PLC0415
 
     terminal.table(*rows_of(cells))
+    for failure in failures_of(cells):
+        terminal.line(failure)
     terminal.fields([("results", str(out / PAGE))])
 
 

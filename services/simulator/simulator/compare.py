@@ -2,21 +2,26 @@
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fl_server.checkpoint import write_durably
 from fl_server.figures import Curve, draw_curves
+from fl_server.locking import FolderLock
 from medhive.errors import InvalidInput
 from medhive.strategies import STRATEGIES, make_strategy, strategy_parameters
 from simulator import page
 from simulator.desk import Record, ended
 from simulator.faults import Faults
 from simulator.results import CURVES, PAGE, panels_with_test
-from simulator.run import UNTOLD, Listener, Prepared, partition_text, prepare, require_possible, simulate
+from simulator.run import UNTOLD, Listener, Prepared, claim, partition_text, prepare, require_possible, simulate
 from simulator.study import Simulation
+
+if TYPE_CHECKING:
+    from simulator.flower import Engine
 
 ALL: Final = "all"
 NONE: Final = "none"
@@ -75,38 +80,70 @@ def compare(
     With `mlflow_uri` each of them is a run there.
 
     Raises:
+        FolderInUse: another process works there.
+        OtherSimulation: the folder, or one in it, holds something else.
         MedHiveError: the data or the choices do not fit, by cause; a run that fails is a cell of the table.
     """
-    scenarios = scenarios_of(simulation.faults)
-    prepared = prepare(simulation, listener)
+    out.mkdir(parents=True, exist_ok=True)
+    with FolderLock(out, "medhive-simulate", "choose another --out"):
+        possible = _possible(simulation, strategies, listener)
+        prepared = prepare(simulation, listener)
+        claim(out, {"comparison": True, "digest": "a folder for each strategy and fault"})
+        with _engine(simulation, out, len(prepared.federation.names)) as engine:
+            shared = replace(prepared, engine=engine)
+            cells = _cells(possible, out, listener, mlflow_uri, shared)
+        _write(out, cells)
+        panels = panels_by_fault(out, cells)
+        if panels:
+            draw_curves(panels, out / CURVES, "accuracy after each round")
+        write_durably(out / PAGE, page_of(_title(prepared, simulation), cells, panels).encode())
+    return cells
+
+
+def _engine(simulation: Simulation, out: Path, clients: int) -> "AbstractContextManager[Engine | None]":
+    """The processes that all simulations of the table share; none where clients work in this one."""
+    if simulation.workers == 0:
+        return nullcontext()
+    from simulator.flower import engine_of  # noqa: PLC0415 - Ray is an extra, and slow to import
+
+    return engine_of(simulation, out, clients)
+
+
+def _cells(
+    simulations: Sequence[Simulation], out: Path, listener: Listener, mlflow_uri: str | None, prepared: Prepared
+) -> list[Cell]:
+    """Each of them under each fault, one after the other."""
     cells = []
-    for one in _possible(simulation, strategies, listener):
+    for one in simulations:
         strategy = one.spec.options.strategy
-        for fault, faults in scenarios.items():
+        for fault, faults in scenarios_of(one.faults).items():
             listener.on_line(f"{strategy}, {fault}")
             folder = folder_of(strategy, fault)
             told = simulate(replace(one, faults=faults), out / folder, listener, mlflow_uri, prepared)
             if UNTOLD in told:
                 listener.on_line(told[UNTOLD])
             cells.append(_cell(strategy, fault, told))
-    _write(out, cells)
-    panels = panels_by_fault(out, cells)
-    if panels:
-        draw_curves(panels, out / CURVES, "accuracy after each round")
-    write_durably(out / PAGE, page_of(_title(prepared, simulation), cells, panels).encode())
     return cells
 
 
-def _possible(simulation: Simulation, strategies: Sequence[str], listener: Listener) -> Iterator[Simulation]:
-    """One with each strategy; which cannot be simulated so is said, and keeps nobody from seeing the others."""
+def _possible(simulation: Simulation, strategies: Sequence[str], listener: Listener) -> list[Simulation]:
+    """One with each strategy; which cannot be simulated so is said, and keeps nobody from seeing the others.
+
+    Raises:
+        InvalidInput: none can.
+    """
+    found = []
     for strategy in strategies:
         one = _with_strategy(simulation, strategy)
         try:
             require_possible(one)
         except InvalidInput as error:
+            if len(strategies) == 1:
+                raise
             listener.on_line(f"{strategy} is left out: {error}")
         else:
-            yield one
+            found.append(one)
+    return found
 
 
 def _with_strategy(simulation: Simulation, strategy: str) -> Simulation:
@@ -143,6 +180,15 @@ def rows_of(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
         for strategy in dict.fromkeys(cell.strategy for cell in cells)
     ]
     return ["strategy", *(f"{fault}>" for fault in faults)], rows
+
+
+def failures_of(cells: Sequence[Cell]) -> list[str]:
+    """A line for each reason for which a strategy has no figure, with the faults where it was so."""
+    faults: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        if cell.reason:
+            faults.setdefault((cell.strategy, cell.reason), []).append(cell.fault)
+    return [f"{strategy} ({', '.join(named)}): {reason}" for (strategy, reason), named in faults.items()]
 
 
 def _shown(cell: Cell) -> str:

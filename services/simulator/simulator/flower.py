@@ -124,7 +124,7 @@ class MachineUnfit(Conflict):
 
 @dataclass(frozen=True)
 class Work:
-    """All that an actor needs: the simulation, where clients keep their states, what the data must be."""
+    """All that an actor needs for one simulation: what it is, where clients keep their states, what the data must be."""
 
     simulation: Simulation
     states: Path | None
@@ -138,20 +138,24 @@ class DataDiffer(MedHiveError):
 
 
 class _Resident:
-    """The clients as one actor has them, with the weights that it read last."""
+    """The data as one actor has them, the clients of the simulation that is under way, and the weights that it read last."""
 
     def __init__(self, work: Work) -> None:
-        federation = work.simulation.read_clients()
-        if federation.fingerprint != work.fingerprint:
+        self._federation = work.simulation.read_clients()
+        if self._federation.fingerprint != work.fingerprint:
             raise DataDiffer(
                 f"{work.simulation.data} holds other data than where the command runs; share that folder, or copy it there. "
                 "Where the data have changed since the simulation began, give the same command again."
             )
+        self.take_up(work)
+
+    def take_up(self, work: Work) -> None:
+        """Be the clients of this simulation, which is on the same data."""
         options, faults = work.simulation.spec.options, work.simulation.faults
         self._clients = InlineSites(
-            federation,
+            self._federation,
             options,
-            Fates(faults, len(federation.names), options.seed),
+            Fates(faults, len(self._federation.names), options.seed),
             ClientStates(work.states) if work.states else None,
             on_client=lambda _done, _asked: None,
         )
@@ -179,7 +183,7 @@ class _Resident:
 
 
 _residents: dict[str, _Resident] = {}
-"""Of this actor's process: one, for it serves one simulation."""
+"""Of this actor's process: one, for it serves simulations on the same data, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -233,14 +237,19 @@ def read_data(_actor: Any, work: Work) -> str:
     return ""
 
 
-def client_app(work: Work) -> ClientApp:
-    """Flower's `ClientApp`: a client's work, by whoever is named in the message."""
+def take_up(_actor: Any, work: Work) -> None:
+    """Have an actor, which has its data, go over to this simulation."""
+    _residents[work.fingerprint].take_up(work)
+
+
+def client_app(fingerprint: str) -> ClientApp:
+    """Flower's `ClientApp`: a client's work on the data with this fingerprint, by whoever is named in the message."""
     app = ClientApp()
 
     @app.query()  # type: ignore[untyped-decorator]
     def query(message: Message, _context: Context) -> Message:
         payload = message.content[FIELD][FIELD]
-        reply = _residents[work.fingerprint].answer(payload)
+        reply = _residents[fingerprint].answer(payload)
         return Message(RecordDict({FIELD: ConfigRecord({FIELD: reply})}), reply_to=message)
 
     return app
@@ -267,6 +276,7 @@ class _Backend(RayBackend):  # type: ignore[misc]
         spread = ClientAppActor.options(scheduling_strategy="SPREAD", **self.client_resources)
         self.pool.create_actor_fn = spread.remote
         self.pool.add_actors_to_pool(room.actors)
+        self._actors = tuple(self.pool.pool)
 
     def build(self, app_fn: Callable[[], ClientApp]) -> None:
         """Take what the actors, which are there already, shall run."""
@@ -291,12 +301,16 @@ class _Backend(RayBackend):  # type: ignore[misc]
                 require_fit(seen, text, meeting)
         finally:
             meeting.unlink(missing_ok=True)
-        for actor, reason in zip(self.pool.pool, _gathered(self._ask(read_data, work)), strict=True):
+        for machine, reason in zip(self._machines, _gathered(self._ask(read_data, work)), strict=True):
             if reason:
-                raise MachineUnfit(f"{self._machines[actor]} cannot read the data: {reason}")
+                raise MachineUnfit(f"{machine} cannot read the data: {reason}")
+
+    def take_up(self, work: Work) -> None:
+        """Have every actor go over to another simulation on the same data. Raises `EngineLost`."""
+        _gathered(self._ask(take_up, work))
 
     def _ask(self, function: Callable[..., Any], *values: Any) -> list[Any]:
-        return [actor.__ray_call__.remote(function, *values) for actor in self.pool.pool]
+        return [actor.__ray_call__.remote(function, *values) for actor in self._actors]
 
     def _seen(self, meeting: Path) -> list[Seen]:
         asked = self._ask(look_at(meeting))
@@ -307,12 +321,12 @@ class _Backend(RayBackend):  # type: ignore[misc]
                 f"work, or too little memory. Wait for it, or give --workers {max(1, len(ready))}."
             )
         seen = [Seen(*told) for told in _gathered(asked)]
-        self._machines = {actor: item.machine for actor, item in zip(self.pool.pool, seen, strict=True)}
+        self._machines = tuple(item.machine for item in seen)
         return seen
 
     def kill(self) -> None:
         """End the actors at once, whatever they do; who waits for them is told."""
-        for actor in [*self.pool.pool, *self.pool._future_to_actor.values()]:
+        for actor in self._actors:
             ray.kill(actor)
 
     def terminate(self) -> None:
@@ -325,8 +339,8 @@ def _gathered(asked: Sequence[Any]) -> list[Any]:
         return list(ray.get(list(asked)))
     except ray.exceptions.RayError as error:
         raise EngineLost(
-            f"A process of Ray did not come up ({' '.join(str(error).split())[:REASON_LENGTH]}); each machine needs the "
-            "same Python with medhive-simulator[ray], and memory for its processes. The same command goes on."
+            f"A process of Ray did not come up, or is lost ({' '.join(str(error).split())[:REASON_LENGTH]}); each machine "
+            "needs the same Python with medhive-simulator[ray], and memory for its processes. The same command goes on."
         ) from error
 
 
@@ -361,15 +375,16 @@ def require_fit(seen: Seen, text: str, meeting: Path) -> None:
 class Engine:
     """Flower's simulation engine with its grid; a context, at whose end no process is left.
 
+    It begins with the first simulation that it takes up, and serves one after the other, all on the same data.
+
     Args:
-        work: what the actors do.
         room: Ray, as a context, with the room that it has.
         nodes: how many messages may be on their way, and actors at work.
         meeting: a new file's name in the result folder, where the actors must find it.
     """
 
-    def __init__(self, work: Work, room: AbstractContextManager[Room], nodes: int, meeting: Path) -> None:
-        self._work, self._room, self._meeting = work, room, meeting
+    def __init__(self, room: AbstractContextManager[Room], nodes: int, meeting: Path) -> None:
+        self._room, self._meeting = room, meeting
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._backend: _Backend | None = None
@@ -384,25 +399,32 @@ class Engine:
         self._grid.set_run(self._run)
 
     def __enter__(self) -> "Engine":
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> None:
+    def take_up(self, work: Work) -> None:
+        """Have the actors work for this simulation; the one before it, if there was one, is over.
+
+        Raises:
+            ClusterUnreachable, NoRoom, MachineUnfit: the cluster cannot be used, or one of its machines.
+            EngineLost: the engine cannot start, or lost an actor.
+        """
+        if self._backend is None:
+            self._start(work)
+        else:
+            self._backend.take_up(work)
+
+    def _start(self, work: Work) -> None:
         self._ended.enter_context(_quiet_flower())
         room = self._ended.enter_context(self._room)
         room = replace(room, actors=min(room.actors, self.places))
         self._ended.enter_context(_a_thread_for_each(room.actors))
         self._backend = _Backend(room)
-        self._backend.prepare(self._work, self._meeting)
+        self._backend.prepare(work, self._meeting)
         stores = vce_api._register_node_info_stores(self._places, self._run)
-        app = partial(client_app, self._work)
+        app = partial(client_app, work.fingerprint)
         self._thread = threading.Thread(target=self._serve, args=(app, self._backend, stores), name="flower-engine")
         self._thread.start()
 
@@ -690,29 +712,38 @@ def _heard(said: bytes) -> tuple[ContributionBody, Path | None]:
     return ContributionBody.model_construct(**{**body, **changes}), Path(told["path"]) if told["path"] else None
 
 
-@contextmanager
-def flower_sites(
-    simulation: Simulation, out: Path, federation: Federation, states: Path | None, on_client: OnClient
-) -> Iterator[FlowerSites]:
-    """The clients of a simulation on Flower's engine, which ends with the context.
+def engine_of(simulation: Simulation, out: Path, clients: int) -> Engine:
+    """Flower's engine for simulations on the same data, which `flower_sites` begins; a context that ends it.
 
     Args:
-        simulation: what is simulated; `workers` says over how many processes, `ray_address` in which cluster.
-        out: its result folder, which names the folder of a Ray of its own, so that a next life finds what a killed one left.
+        simulation: one of them; `workers` says over how many processes, `ray_address` in which cluster.
+        out: the folder of their results, which names the folder of a Ray of its own, so that a next life finds what a killed
+            one left. Its lock must be held.
+        clients: how many there are.
+    """
+    meeting = temporary_beside(out.absolute() / "engine")
+    return Engine(_ray(simulation, out), min(IN_FLIGHT, clients), meeting)
+
+
+def flower_sites(
+    engine: Engine, simulation: Simulation, federation: Federation, states: Path | None, on_client: OnClient
+) -> FlowerSites:
+    """The clients of a simulation on Flower's engine.
+
+    Args:
+        engine: within its context.
+        simulation: what is simulated.
         federation: the clients, as this process has read them.
         states: where clients keep what they remember; None lets them forget.
         on_client: told of progress.
 
     Raises:
-        ClusterUnreachable, NoRoom, MachineUnfit: the cluster cannot be used, or one of its machines.
-        EngineLost: the engine cannot start, or ends.
+        ClusterUnreachable, NoRoom, MachineUnfit, EngineLost: see `Engine.take_up`.
     """
     options = simulation.spec.options
+    engine.take_up(Work(_absolute(simulation), states.absolute() if states else None, federation.fingerprint))
     fates = Fates(simulation.faults, len(federation.names), options.seed)
-    work = Work(_absolute(simulation), states.absolute() if states else None, federation.fingerprint)
-    nodes, meeting = min(IN_FLIGHT, len(federation.names)), temporary_beside(out.absolute() / "engine")
-    with Engine(work, _ray(simulation, out), nodes, meeting) as engine:
-        yield FlowerSites(engine, federation, options, fates, on_client=on_client)
+    return FlowerSites(engine, federation, options, fates, on_client=on_client)
 
 
 def _ray(simulation: Simulation, out: Path) -> AbstractContextManager[Room]:

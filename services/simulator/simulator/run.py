@@ -3,11 +3,12 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +40,9 @@ from simulator.results import (
 )
 from simulator.study import Simulation
 
+if TYPE_CHECKING:
+    from simulator.flower import Engine
+
 IDENTITY, WORK, STATES = "simulation.json", "work", "clients"
 UNTOLD = "untold"
 """In an answer, not in the folder: why MLflow has not heard of it."""
@@ -63,10 +67,14 @@ class Listener:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data that were read: the clients with theirs, and what judges the model. Strategy and faults may still be any."""
+    """Data that were read: the clients with theirs, and what judges the model. Strategy and faults may still be any.
+
+    engine: where the clients work in several processes, and these serve more than one simulation.
+    """
 
     federation: Federation
     tester: "_Tester"
+    engine: "Engine | None" = None
 
 
 def prepare(simulation: Simulation, listener: Listener) -> Prepared:
@@ -121,25 +129,36 @@ def simulate(
         remove_leftovers(out, age_s=0)
         prepared = prepared or prepare(simulation, listener)
         identity = simulation.identity(f"{prepared.federation.fingerprint} {prepared.tester.fingerprint}")
-        _claim(out, identity)
+        claim(out, identity)
         return _Work(simulation, out, prepared, identity=identity, listener=listener, mlflow_uri=mlflow_uri).run()
 
 
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Write down whose folder this is, or find that it is ours."""
+def claim(out: Path, identity: Mapping[str, Any]) -> None:
+    """Write down whose folder this is, or find that it is ours.
+
+    Args:
+        out: the result folder, whose lock is held.
+        identity: of what works there: its `digest`, and what that is of; `comparison` where it is no single simulation.
+
+    Raises:
+        OtherSimulation: it is another's.
+    """
     path = out / IDENTITY
     if path.exists():
         try:
             kept = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):
             kept = {}
+        if ("comparison" in kept) != ("comparison" in identity):
+            what = "a comparison" if "comparison" in kept else "a single simulation"
+            raise OtherSimulation(f"{out} holds {what}; choose another --out.")
         if kept.get("digest") != identity["digest"]:
             wrong = sorted(name for name in identity if kept.get(name) != identity[name] and name != "digest")
             raise OtherSimulation(
                 f"{out} holds another simulation ({', '.join(wrong)} differ); choose another --out.", differ=wrong
             )
         return
-    write_durably(path, (json.dumps(identity, indent=2) + "\n").encode())
+    write_durably(path, (json.dumps(dict(identity), indent=2) + "\n").encode())
 
 
 class _Tester:
@@ -201,6 +220,7 @@ class _Work:
         self._out = out
         self._federation = prepared.federation
         self._tester = prepared.tester
+        self._engine = prepared.engine
         self._identity = identity
         self._listener = listener
         self._facts = {
@@ -271,10 +291,11 @@ class _Work:
         simulation = self._simulation
         states = None if simulation.forget else self._out / STATES
         if simulation.workers != 0:
-            from simulator.flower import flower_sites  # noqa: PLC0415 - Ray is an extra, and takes a second to import
+            from simulator.flower import engine_of, flower_sites  # noqa: PLC0415 - Ray is an extra, and slow to import
 
-            with flower_sites(simulation, self._out, self._federation, states, self._on_client) as sites:
-                yield sites
+            own = partial(engine_of, simulation, self._out, len(self._federation.names))
+            with nullcontext(self._engine) if self._engine else own() as engine:
+                yield flower_sites(engine, simulation, self._federation, states, self._on_client)
             return
         yield InlineSites(
             self._federation,
