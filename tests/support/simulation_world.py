@@ -53,9 +53,10 @@ def run(
     flags: dict[str, Any],
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
     mlflow_uri: str | None = None,
+    on_line: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
     """One life of a simulation, in this process."""
-    listener = Listener(lambda _done, _all: None, lambda _line: None, on_progress)
+    listener = Listener(lambda _done, _all: None, on_line, on_progress)
     return simulate(simulation_of(flags), out, listener, mlflow_uri)
 
 

@@ -45,6 +45,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "device": "auto",
 }
 DEFAULT_SEED: Final = 42
+METRICS: Final = {"macro_f1": "macro F1", "ece": "calibration error"}  # as `medhive-site updates --evaluate` names them
 LOG, PAGE = "log.jsonl", "report.html"
 ADDRESS: Final = re.compile(r"([\w.-]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}")
 OWN_FLAGS: Final = (
@@ -337,8 +338,8 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 
 def _show(terminal: Terminal, summary: dict[str, Any]) -> None:
-    figures = {**{f"test {name}": value for name, value in summary["test"].items()}}
-    figures |= {f"held-out {name}": value for name, value in summary["heldout"].items()}
+    figures = {f"test {METRICS.get(name, name)}": value for name, value in summary["test"].items()}
+    figures |= {f"held-out {METRICS.get(name, name)}": value for name, value in summary["heldout"].items()}
     figures |= {"validation accuracy": summary["validation"].get("val_accuracy")}
     terminal.fields(
         [

@@ -234,7 +234,9 @@ class _Work:
         self._tell_again_at = 0.0
 
     def run(self) -> dict[str, Any]:
-        if not (self._out / SUMMARY).exists():
+        if (self._out / SUMMARY).exists():
+            self._listener.on_line(f"{self._out} holds it complete")
+        else:
             self._complete()
         for folder in (WORK, STATES):
             shutil.rmtree(self._out / folder, ignore_errors=True)
@@ -280,6 +282,8 @@ class _Work:
         )
 
     def _rounds(self, desk: ResultDesk) -> RunEnd:
+        if desk.record.rounds:
+            self._listener.on_line(f"goes on after {step_text(desk.record.rounds[-1].number, self._options.rounds)}")
         clock = SystemClock()
         watch = Watch(desk.look, clock)
         with self._sites() as sites:
@@ -363,7 +367,7 @@ class _Work:
 
 def round_text(recorded: RecordedRound, rounds: int) -> str:
     """`round 3/10: 10 of 10 clients answered, test accuracy 0.5512, validation 0.5203 before it, loss 1.234, 2.1 s`."""
-    step = f"round {recorded.number}/{rounds}" if recorded.number else "preparation"
+    step = step_text(recorded.number, rounds)
     parts = [f"{step}: {recorded.answered} of {recorded.asked} clients answered"]
     metrics = recorded.report.metrics
     if "accuracy" in recorded.test:
@@ -375,6 +379,11 @@ def round_text(recorded: RecordedRound, rounds: int) -> str:
     if recorded.report.refusals:
         parts.append(f"{len(recorded.report.refusals)} refused")
     return ", ".join([*parts, f"{recorded.report.seconds:.1f} s"])
+
+
+def step_text(number: int, rounds: int) -> str:
+    """How a round is called on the terminal; number 0 is what comes before the first one."""
+    return f"round {number}/{rounds}" if number else "preparation"
 
 
 def partition_text(simulation: Simulation) -> str:
