@@ -10,6 +10,7 @@ import httpx
 import pytest
 from coordinator_stack import CLASSES, CoordinatorStack, coordinator
 from flower_stack import until
+from matplotlib.figure import Figure
 
 from fl_server.figures import draw_confusion, draw_curves
 from fl_server.tracking import MAX_SITE_CURVES, NOTE, Progress, Value, panels_of, round_values
@@ -203,6 +204,16 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     draw_confusion([[5, 1], [0, 0]], (*CLASSES[:1], "100 $ or more $"), tmp_path / "b.png", "RUN_1 of 100 $")
     draw_curves({"of a site": {"$a": [(1, 0.5)]}}, tmp_path / "c.png", "RUN_1 of 100 $")
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_a_level_curve_does_not_lie_on_the_frame(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for values in ((2.30, 2.31), (0.0, 0.0)):
+        draw_curves({"loss": {"val_loss": list(enumerate(values))}}, tmp_path / "a.png")
+        bottom, top = drawn[-1].axes[0].get_ylim()
+        assert bottom == 0
+        assert top > max(values) * 1.04
 
 
 def test_the_sites_curves_are_named_after_the_sites_until_there_are_too_many() -> None:

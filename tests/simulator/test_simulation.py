@@ -17,7 +17,7 @@ import torch
 from simulation_world import Crash, arguments, make_table, run, table_flags
 
 from fl_client.local_round import LocalRound, local_round
-from fl_client.tasks import RoundPlan, completed, together
+from fl_client.tasks import Divisible, RoundPlan, completed, together
 from fl_client.tasks.image_training import ImageModel
 from fl_client.tasks.phantoms import make_phantoms
 from fl_server.cohort import sample
@@ -234,6 +234,16 @@ def test_who_says_how_many_clients_there_are_is_not_contradicted_in_silence(tabl
             simulation_of(flags)
 
 
+def test_a_file_may_leave_examples_to_nobody_and_name_one_client_alone(table: Path) -> None:
+    """Who has nothing is judged by nobody, and one client need not wait for a second one."""
+    (table / "who.csv").write_text("".join(f"data.csv:{line},alone\n" for line in range(2, 42)))
+    summary = run(table / "out", table_flags(table, clients=None, fraction=1.0, partition=str(table / "who.csv")))
+    assert (summary["state"], summary["clients"], summary["clients_answered"]) == ("completed", 1, 3)
+    simulation = simulation_of(table_flags(table, clients=None, partition=str(table / "who.csv")))
+    judged = [len(item.examples.labels) for item in simulation.read_clients().heldout() if isinstance(item, Divisible)]
+    assert judged == [40]
+
+
 def test_the_mlflow_run_has_every_round_and_the_files(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient  # noqa: PLC0415 - seconds of imports
 
@@ -362,7 +372,14 @@ def test_with_fedbn_each_client_is_judged_with_its_own_layers(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "flags",
-    [{"dropout": 1.5}, {"slow": "x"}, {"poison": "0.1:arsenic"}, {"slow": "0.1", "patience": 0.5}, {"patience": 3}],
+    [
+        {"dropout": 1.5},
+        {"slow": "x"},
+        {"poison": "0.1:arsenic"},
+        {"poison": "0.1"},
+        {"slow": "0.1", "patience": 0.5},
+        {"patience": 3},
+    ],
 )
 def test_a_fault_that_cannot_be_is_refused(table: Path, flags: dict[str, Any]) -> None:
     with pytest.raises(WrongFault):

@@ -18,6 +18,8 @@ DPI = 120
 PANEL_INCHES = (6.0, 4.2)
 LINES = ("-", "--", "-.", ":")
 """One after the other, so that a curve shows below another one, and without colours too."""
+ABOVE = 1.05
+"""How far a panel from zero reaches beyond its highest value, so that a level curve is not taken for its frame."""
 MAX_NUMBERED_CLASSES = 20
 """Above this many classes the cells are too small for numbers."""
 SHARES = ("accuracy", "f1", "recall")
@@ -47,7 +49,8 @@ def _draw_panel(axes: Any, name: str, curves: Mapping[str, Curve]) -> None:
     if any(word in name.lower() for word in SHARES):
         axes.set_ylim(-0.02, 1.02)
     else:
-        axes.set_ylim(bottom=0)
+        highest = max(value for curve in curves.values() for _, value in curve)
+        axes.set_ylim(0, highest * ABOVE if highest > 0 else 1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 

@@ -238,7 +238,9 @@ def simulation_of(flags: Mapping[str, Any]) -> "Simulation":
     given = {name: value for name, value in flags.items() if name not in OWN_FLAGS}
     chosen = {name: value for name, value in chosen_options(given).items() if name not in NOT_SIMULATED}
     partition = Partition.parse(own["partition"])
-    clients = _clients(partition, own["data"], own["clients"])
+    named = _named_clients(partition, own["data"], own["clients"])
+    dealt = DEFAULT_CLIENTS if own["clients"] is None else own["clients"]
+    clients = dealt if named is None else None
     if own["test_every"] > 1 and own["test"] is None:
         raise InvalidInput("--test-every is of --test, the data that judge the model.")
     fields: dict[str, Any] = {"initial_seed": chosen.get("seed", DEFAULT_SEED)}
@@ -248,7 +250,7 @@ def simulation_of(flags: Mapping[str, Any]) -> "Simulation":
         fields["validation_share"] = own["validation_share"]
     study = study_data(own["task"], own["data"], partition, own["study_file"], fields)
     return Simulation(
-        spec=run_spec(own["task"], study, chosen, clients),
+        spec=run_spec(own["task"], study, chosen, dealt if named is None else named),
         data=own["data"],
         test=own["test"],
         test_every=own["test_every"],
@@ -264,19 +266,18 @@ def simulation_of(flags: Mapping[str, Any]) -> "Simulation":
     )
 
 
-def _clients(partition: "Partition", data: Path, given: int | None) -> int | None:
-    """How many clients the data are dealt to; None where the partition says it, which `given` must not contradict."""
+def _named_clients(partition: "Partition", data: Path, given: int | None) -> int | None:
+    """How many clients the partition itself names, which `given` must not contradict; None where it names none."""
     from simulator.federation import site_paths  # noqa: PLC0415 - seconds of imports that --help need not pay
     from simulator.partition import SITES, WrongPartition, names_of  # noqa: PLC0415
 
     if partition.kind not in (SITES, "file"):
-        return DEFAULT_CLIENTS if given is None else given
-    if given is not None:
-        named = len(names_of(partition.path) if partition.path is not None else site_paths(data))
-        if named != given:
-            where = partition.path or data
-            raise WrongPartition(f"{where} has {named} clients, and --clients says {given}; leave out --clients.")
-    return None
+        return None
+    named = len(names_of(partition.path) if partition.path is not None else site_paths(data))
+    if given is not None and given != named:
+        where = partition.path or data
+        raise WrongPartition(f"{where} has {named} clients, and --clients says {given}; leave out --clients.")
+    return named
 
 
 class RayMissing(InvalidInput):

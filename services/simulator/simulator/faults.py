@@ -87,7 +87,8 @@ class Faults:
         if not (1 <= self.slow_factor <= MAX_FACTOR and 1 <= self.patience <= MAX_FACTOR):
             raise WrongFault(f"The factor of --slow and --patience must be 1 to {MAX_FACTOR:g}.")
         if self.poison_share and self.poison not in POISONS:
-            raise WrongFault(f"--poison knows no {self.poison[:40]!r}; it knows {', '.join(POISONS)}.")
+            named = f"knows no {self.poison[:40]!r}" if self.poison else "takes SHARE:KIND, such as 0.2:flip"
+            raise WrongFault(f"--poison {named}; it knows {', '.join(POISONS)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

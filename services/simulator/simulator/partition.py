@@ -167,8 +167,8 @@ def _from_file(path: Path, examples: Sequence[str]) -> Division:
     unknown = sorted(rows.keys() - set(examples))
     if unknown:
         raise WrongPartition(
-            f"{path} names {len(unknown)} examples that the data do not have, such as {unknown[0][:80]!r}; name them as "
-            "check-data does.",
+            f"{path} names {len(unknown)} examples that the data do not have, such as {unknown[0][:80]!r}; name them by "
+            f"their files below --data, as {examples[0][:80]!r}.",
             count=len(unknown),
         )
     names = _names(path, rows)
