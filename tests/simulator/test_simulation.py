@@ -427,7 +427,9 @@ def test_a_comparison_and_a_simulation_do_not_write_over_each_other(
     assert main(simulate_command, arguments({**flags, "compare": "fedavg"}, table / "one")) == 1
     assert "one holds a single simulation; choose another --out" in capsys.readouterr().err
     assert main(simulate_command, arguments({**flags, "compare": "fedavg,scaffold"}, table / "many")) == 0
-    assert "scaffold (none, dropout 0.1): Round 1 " in capsys.readouterr().out
+    why = "scaffold (no fault, dropout 0.1): Round 1 "
+    assert why in capsys.readouterr().out
+    assert f"<p class=failed>{why}" in (table / "many" / "report.html").read_text()
     assert main(simulate_command, arguments(flags, table / "many")) == 1
     assert "many holds a comparison; choose another --out" in capsys.readouterr().err
 

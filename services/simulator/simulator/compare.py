@@ -187,7 +187,7 @@ def failures_of(cells: Sequence[Cell]) -> list[str]:
     faults: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         if cell.reason:
-            faults.setdefault((cell.strategy, cell.reason), []).append(cell.fault)
+            faults.setdefault((cell.strategy, cell.reason), []).append(_fault_text(cell.fault))
     return [f"{strategy} ({', '.join(named)}): {reason}" for (strategy, reason), named in faults.items()]
 
 
@@ -236,6 +236,7 @@ def page_of(title: str, cells: Sequence[Cell], panels: Mapping[str, Mapping[str,
             ["simulation", "accuracy", "macro F1", "answered", "refused", "seconds", "state"],
             [_page_row(cell) for cell in cells],
         ),
+        *(page.paragraph(failure, failed=True) for failure in failures_of(cells)),
         page.heading("Files"),
         page.paragraph(page.Link(COMPARISON_CSV, COMPARISON_CSV), ", ", page.Link(COMPARISON_JSON, COMPARISON_JSON)),
     ]
@@ -256,7 +257,7 @@ def _page_row(cell: Cell) -> list[object]:
     link = replace(_figure(cell), text=f"{cell.strategy}, {_fault_text(cell.fault)}")
     figures = ["" if value is None else value for value in (cell.accuracy, cell.macro_f1)]
     answered = f"{cell.answered} of {cell.asked}"
-    return [link, *figures, answered, cell.refusals, cell.seconds, cell.reason or cell.state]
+    return [link, *figures, answered, cell.refusals, cell.seconds, cell.state]
 
 
 def _write(out: Path, cells: Sequence[Cell]) -> None:
