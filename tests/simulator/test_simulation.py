@@ -244,6 +244,20 @@ def test_a_file_may_leave_examples_to_nobody_and_name_one_client_alone(table: Pa
     assert judged == [40]
 
 
+def test_sites_may_hold_their_images_in_different_forms(tmp_path: Path) -> None:
+    make_phantoms(tmp_path / "made", 20)
+    classes = np.array(sorted(folder.name for folder in (tmp_path / "made").iterdir()))
+    (tmp_path / "data" / "north").mkdir(parents=True)
+    (tmp_path / "made" / classes[0]).rename(tmp_path / "data" / "north" / classes[0])
+    labels = np.arange(40) % len(classes)
+    images = np.random.default_rng(1).integers(0, 256, (40, 32, 32), dtype=np.uint8)
+    (tmp_path / "data" / "south").mkdir()
+    np.savez(tmp_path / "data" / "south" / "set.npz", images=images, labels=labels, class_names=classes)
+    flags = {"data": tmp_path / "data", "partition": "sites", "rounds": 1, "options": ("image_size=32",)}
+    assert simulation_of(flags).spec.data.classes == tuple(classes)
+    assert run(tmp_path / "out", {**flags, "local_epochs": 1})["clients_answered"] == 2
+
+
 def test_the_mlflow_run_has_every_round_and_the_files(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient  # noqa: PLC0415 - seconds of imports
 

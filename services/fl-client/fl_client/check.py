@@ -45,17 +45,26 @@ def study_of_folder(path: Path) -> StudyData:
     """
     if not path.exists():
         raise DataFolderMissing(f"There is nothing at {path}; give the data's folder or file.", folder=str(path))
-    if packed_files(path):
-        return StudyData(classes=packed_classes(path))
-    require_unpickled(path)
-    folders = (
-        sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
-    )
-    if len(folders) < 2:
+    classes = classes_of(path)
+    if len(classes) < 2:
         raise DataFolderMissing(
-            f"{path} holds {len(folders)} class folders; at least two are needed, one per class.", folder=str(path)
+            f"{path} holds {len(classes)} class folders; at least two are needed, one per class.", folder=str(path)
         )
-    return StudyData(classes=tuple(folders))
+    return StudyData(classes=classes)
+
+
+def classes_of(path: Path) -> tuple[str, ...]:
+    """The classes that data tell of themselves: those of packed images, else the names of sub-folders; none without any.
+
+    Raises:
+        DataFolderMissing: a packed file is none of the known ones.
+        PickledData: there are pickled files alone.
+    """
+    if packed_files(path):
+        return packed_classes(path)
+    require_unpickled(path)
+    folders = path.iterdir() if path.is_dir() else ()
+    return tuple(sorted(p.name for p in folders if p.is_dir() and not p.name.startswith(".")))
 
 
 def read_study(path: Path) -> tuple[str, StudyData]:

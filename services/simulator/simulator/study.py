@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fl_client.check import read_study, study_of_folder
+from fl_client.check import classes_of, read_study, study_of_folder
 from fl_client.tasks.base import OnProgress
 from fl_client.tasks.errors import DataFolderMissing
 from medhive.errors import InvalidInput
@@ -114,13 +114,7 @@ def study_data(
 
 
 def _of_sites(data: Path) -> StudyData:
-    names = {
-        folder.name
-        for path in site_paths(data).values()
-        if path.is_dir()
-        for folder in path.iterdir()
-        if folder.is_dir() and not folder.name.startswith(".")
-    }
+    names = {name for path in site_paths(data).values() for name in classes_of(path)}
     if len(names) < MIN_CLASSES:
         raise DataFolderMissing(f"The folders of clients in {data} hold {len(names)} classes; at least two are needed.")
     return StudyData(classes=tuple(sorted(names)))
