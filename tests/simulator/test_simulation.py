@@ -361,6 +361,14 @@ def test_too_few_answers_fail_the_run_with_the_reason(table: Path, capsys: pytes
     assert "model.safetensors" not in page
 
 
+def test_a_strategy_that_needs_more_clients_than_there_are_says_so(table: Path) -> None:
+    summary = run(table / "out", table_flags(table, clients=2, fraction=1.0, rounds=1, strategy="krum"))
+    assert (summary["state"], summary["reason"]) == (
+        "failed",
+        "Round 1 of 1: 2 of 2 sites can be asked, 3 are needed.",
+    )
+
+
 def test_the_bar_never_goes_back_within_the_rounds_nor_beyond_its_end(table: Path) -> None:
     told: list[tuple[int, int]] = []
     run(table / "out", table_flags(table), lambda *progress: told.append(progress))

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from fl_server.cohort import Member
+from fl_server.cohort import Member, Present
 from fl_server.flower import NodeUnknown, Reply, ReplyError
 from fl_server.gateway import RunOver
 from medhive.envelope import (
@@ -619,12 +619,23 @@ class _Call:
 def too_few(what: str, collected: Collected, left_out: Mapping[str, str], needed: int) -> str:
     """The sentence that says why a step failed: how many answered, and for each reason the sites that have it."""
     asked = len(collected.answers) + len(collected.dropped)
-    sites: dict[str, list[str]] = {}
-    for site, reason in {**collected.dropped, **left_out}.items():
-        sites.setdefault(reason.removesuffix("."), []).append(site)
-    reasons = [f"{_listed(names)}: {reason}" for reason, names in sites.items()]
-    listed = "; ".join(reasons) if reasons else "no other site was asked"
+    listed = _by_reason({**collected.dropped, **left_out}) or "no other site was asked"
     return f"{what}: {len(collected.answers)} of {asked} sites answered, {needed} are needed ({listed})."
+
+
+def too_few_there(what: str, present: Present, needed: int) -> str:
+    """The sentence that says why a step is not begun: how many sites could be asked, and for each reason who cannot."""
+    known, listed = len(present.sites) + len(present.left_out), _by_reason(present.left_out)
+    reasons = f" ({listed})" if listed else ""
+    return f"{what}: {len(present.sites)} of {known} sites can be asked, {needed} are needed{reasons}."
+
+
+def _by_reason(reasons: Mapping[str, str]) -> str:
+    """Each reason once, with the sites that have it; empty without any."""
+    sites: dict[str, list[str]] = {}
+    for site, reason in reasons.items():
+        sites.setdefault(reason.removesuffix("."), []).append(site)
+    return "; ".join(f"{_listed(names)}: {reason}" for reason, names in sites.items())
 
 
 def _listed(names: Sequence[str]) -> str:

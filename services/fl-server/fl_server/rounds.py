@@ -28,6 +28,7 @@ from fl_server.collect import (
     Watch,
     drop_from,
     too_few,
+    too_few_there,
 )
 from fl_server.flower import RunStopped
 from fl_server.gateway import MAX_WEIGHTS_BYTES, Desk, LeaseLost, RunOver, closed_rounds
@@ -447,7 +448,7 @@ class RunLoop:
         present, evaluators = self._sites.present().apart(self._evaluators)
         least = self._options.min_sites if needed is None else needed
         if len(present.sites) < least:
-            raise TooFewSites(too_few(name, Collected({}, {}), present.left_out, least), needed=least)
+            raise TooFewSites(too_few_there(name, present, least), needed=least)
         sites = present.sites
         if not everybody:
             sites = sample(sites, self._options.fraction, least, self._options.seed, number)
