@@ -92,6 +92,17 @@ def test_without_names_classes_are_numbers_and_without_marks_all_is_trained_on(t
         check_data("image-folder", tmp_path, data.model_copy(update={"classes": ("0", "2")}), b"secret")
 
 
+def test_the_folder_that_an_unpacked_archive_brings_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "cifar-10-batches-bin", "binary")
+    with pytest.raises(DataFolderMissing, match=r"Or give .*cifar-10-batches-bin, which holds packed images"):
+        study_of_folder(tmp_path)
+    pickled = tmp_path / "python" / "cifar-10-batches-py" / "data_batch_1"
+    pickled.parent.mkdir(parents=True)
+    pickled.write_bytes(pickle.dumps({}, protocol=2))
+    with pytest.raises(PickledData):
+        study_of_folder(tmp_path / "python")
+
+
 class Evil:
     """Runs code where it is unpickled."""
 

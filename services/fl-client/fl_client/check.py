@@ -47,8 +47,12 @@ def study_of_folder(path: Path) -> StudyData:
         raise DataFolderMissing(f"There is nothing at {path}; give the data's folder or file.", folder=str(path))
     classes = classes_of(path)
     if len(classes) < 2:
+        inner = path / classes[0] if classes else path  # an archive that was unpacked brings a folder of its own
+        require_unpickled(inner)
+        meant = f" Or give {inner}, which holds packed images." if inner.is_dir() and packed_files(inner) else ""
         raise DataFolderMissing(
-            f"{path} holds {len(classes)} class folders; at least two are needed, one per class.", folder=str(path)
+            f"{path} holds {len(classes)} class folders; at least two are needed, one per class.{meant}",
+            folder=str(path),
         )
     return StudyData(classes=classes)
 
