@@ -24,6 +24,7 @@ from medhive.packing import (
     WeightsFile,
     WrongLayout,
     open_flat,
+    overwrite_weights,
     parse_header,
     read_weights,
     sha256_file,
@@ -73,6 +74,18 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         assert back[name].shape == array.shape
     assert WeightsFile.at(tmp_path / "m").metadata == {"round": "3"}
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("before", [None, b"short", b"long" * 1000])
+def test_writing_over_a_file_leaves_nothing_of_it(tmp_path: Path, before: bytes | None) -> None:
+    path = tmp_path / "over"
+    if before is not None:
+        path.write_bytes(before)
+    overwrite_weights(path, MODEL)
+    write_weights(tmp_path / "new", MODEL)
+    assert path.read_bytes() == (tmp_path / "new").read_bytes()
+    with pytest.raises(NotPackable, match="convert it to float32"):
+        overwrite_weights(path, {"a": np.zeros(2)})
 
 
 @ANY_SPEED

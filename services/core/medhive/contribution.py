@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 
 from medhive.errors import InvalidInput, MedHiveError
-from medhive.packing import Flat, Layout, WeightsFile, squared_norm, windows
+from medhive.packing import Flat, Layout, WeightsFile, squared_distance, windows
 
 NORM_OUTLIER_FACTOR = 30.0
 """An update this many times the median of the others' is refused.
@@ -59,26 +59,14 @@ class ContributionLimits:
             raise InvalidInput(f"The largest allowed norm must be a positive number, not {self.max_norm}.")
 
 
-@dataclass(frozen=True)
-class ContributionStats:
-    """Figures of one update, all of them about its change against the base weights.
-
-    norm: L2 norm; max_abs: largest single change; elements: how many numbers the model has.
-    """
-
-    norm: float
-    max_abs: float
-    elements: int
-
-
 def check_contribution(
     path: Path,
     layout: Layout,
     base: Path | Flat,
     limits: ContributionLimits | None = None,
     whose: str = "the update",
-) -> ContributionStats:
-    """Read an update once, in constant memory, and return its figures.
+) -> float:
+    """Read an update once, in constant memory, and return the L2 norm of its change against the base weights.
 
     Args:
         path: packed file with the full weights after local training.
@@ -95,18 +83,16 @@ def check_contribution(
     """
     update = WeightsFile.at(path)
     layout.require(update.layout, whose)
-    square, largest = 0.0, 0.0
+    square = 0.0
     for start, block, before in _pairs(update, layout, base):
-        change = block.astype(np.float64) - before
-        part = squared_norm(change)
+        part = squared_distance(block, before)
         if not math.isfinite(part):
             raise _not_finite(layout, start, block, whose)
         square += part
-        largest = max(largest, float(np.abs(change).max(initial=0.0)))
-    stats = ContributionStats(math.sqrt(square), largest, layout.size)
-    if limits is not None and limits.max_norm is not None and stats.norm > limits.max_norm:
-        raise NormTooLarge(stats.norm, limits.max_norm, whose)
-    return stats
+    norm = math.sqrt(square)
+    if limits is not None and limits.max_norm is not None and norm > limits.max_norm:
+        raise NormTooLarge(norm, limits.max_norm, whose)
+    return norm
 
 
 def norm_outliers(norms: Mapping[str, float], factor: float = NORM_OUTLIER_FACTOR) -> set[str]:

@@ -51,6 +51,8 @@ METADATA_KEY = "__metadata__"
 DTYPE_NAME = "F32"
 WINDOW_ELEMENTS = 1 << 18
 """1 MiB of float32 at a time: fits a core's cache, so that several passes over it cost one pass over memory."""
+DOUBLES_ELEMENTS = 1 << 15
+"""256 KiB of float64."""
 
 
 class CorruptWeights(MedHiveError):
@@ -219,16 +221,10 @@ class FlatWriter:
     takes the name only when the context ends without an error and after everything reached the disk. `digest` is
     then the file's SHA-256. Raises `NoSpace` when the disk is full, `WrongLayout` when too few or too many elements
     came.
-
-    A file that nobody else is told of, and that is made again after a crash, is written without `durable`: it is not
-    waited for, and has no digest.
     """
 
-    def __init__(
-        self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None, *, durable: bool = True
-    ) -> None:
+    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
         self.path = path
-        self._durable = durable
         self.digest = ""
         self._layout = layout
         self._header = header_bytes(layout, metadata or {})
@@ -266,21 +262,18 @@ class FlatWriter:
     def _put(self, data: bytes | memoryview) -> None:
         with _disk_errors(self.path):
             self._file.write(data)
-        if self._durable:
-            self._hash.update(data)
+        self._hash.update(data)
 
     def _commit(self) -> None:
         if self._written != self._layout.size:
             raise self._wrong_count()
         with _disk_errors(self.path):
             self._file.flush()
-            if self._durable:
-                os.fsync(self._file.fileno())
+            os.fsync(self._file.fileno())
             self._file.close()
             self._temporary.replace(self.path)
-            if self._durable:
-                sync_folder(self.path.parent)
-                self.digest = self._hash.hexdigest()
+            sync_folder(self.path.parent)
+        self.digest = self._hash.hexdigest()
 
     def _discard(self) -> None:
         # What could not be flushed is thrown away with the file; the first error is the one to report.
@@ -296,36 +289,36 @@ class FlatWriter:
         )
 
 
-def write_weights(
-    path: Path,
-    arrays: Mapping[str, NDArray[Any]],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    durable: bool = True,
-) -> str:
-    """Pack float32 arrays into `path`, atomically; returns the file's SHA-256 (hex), or nothing where it is not `durable`.
+def write_weights(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> str:
+    """Pack float32 arrays into `path`, atomically; returns the file's SHA-256 (hex).
 
     Raises `NotPackable` for another type than float32 (convert it where its meaning is known), for names, shapes or
     metadata outside the limits, and `NoSpace` when the disk is full.
     """
-    for name, array in arrays.items():
-        if array.dtype != np.float32:
-            raise NotPackable(f"Tensor {name!r} is {array.dtype}; convert it to float32 before packing.", tensor=name)
-    layout = Layout.of_arrays(arrays)
-    return write_flat(path, layout, (arrays[name] for name in layout.names), metadata, durable=durable)
+    layout = _packable_layout(arrays)
+    return write_flat(path, layout, (arrays[name] for name in layout.names), metadata)
+
+
+def overwrite_weights(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Pack float32 arrays over what stands at `path`, taking its room in memory and on disk: cheaper than a new file.
+
+    For a file that nobody else is told of, and that is made again after a crash: the disk is not waited for, and a crash
+    leaves anything there. Raises as `write_weights`.
+    """
+    layout = _packable_layout(arrays)
+    with _disk_errors(path), open(path, "wb", opener=_keeping_content) as file:
+        file.write(header_bytes(layout, {}))
+        for name in layout.names:
+            file.write(_bytes_of(np.ascontiguousarray(arrays[name], FLOAT32).reshape(-1)))
+        file.truncate()
 
 
 def write_flat(
-    path: Path,
-    layout: Layout,
-    flat: Flat | Iterable[Flat],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    durable: bool = True,
+    path: Path, layout: Layout, flat: Flat | Iterable[Flat], metadata: Mapping[str, str] | None = None
 ) -> str:
     """Write a flat vector, whole or in consecutive blocks, as `path`; otherwise as `write_weights`."""
     blocks = (flat,) if isinstance(flat, np.ndarray) else flat
-    with FlatWriter(path, layout, metadata, durable=durable) as writer:
+    with FlatWriter(path, layout, metadata) as writer:
         for block in blocks:
             writer.append(block)
     return writer.digest
@@ -355,6 +348,12 @@ def squared_norm(change: NDArray[np.float64]) -> float:
     Not `change @ change`, whose threads cost fifty times the sum itself when the cores are busy training.
     """
     return float(np.einsum("i,i->", change, change))
+
+
+def squared_distance(one: Flat, other: Flat) -> float:
+    """`squared_norm` of their difference, in pieces whose doubles stay in a core's nearest cache: twice as fast."""
+    pieces = windows(one.size, DOUBLES_ELEMENTS)
+    return sum(squared_norm(one[piece].astype(np.float64) - other[piece]) for piece in pieces)
 
 
 def sha256_file(path: Path) -> str:
@@ -508,6 +507,17 @@ def _first_difference(expected: Layout, actual: Layout) -> str:
         if wanted[name] != given[name]:
             return f"tensor {_shown(name)} has shape {given[name]} instead of {wanted[name]}"
     return "the tensors lie in another order"
+
+
+def _packable_layout(arrays: Mapping[str, NDArray[Any]]) -> Layout:
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise NotPackable(f"Tensor {name!r} is {array.dtype}; convert it to float32 before packing.", tensor=name)
+    return Layout.of_arrays(arrays)
+
+
+def _keeping_content(name: str, flags: int) -> int:
+    return os.open(name, flags & ~os.O_TRUNC, 0o666)
 
 
 def _bytes_of(flat: Flat) -> memoryview:

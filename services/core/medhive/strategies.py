@@ -40,7 +40,7 @@ from medhive.packing import (
     Layout,
     WeightsFile,
     sha256_file,
-    squared_norm,
+    squared_distance,
     windows,
 )
 
@@ -815,7 +815,7 @@ def _read_or_zeros(file: WeightsFile | None, window: slice) -> Flat:
 
 
 def _square_of_change(new: Flat, old: Flat) -> float:
-    square = squared_norm(new.astype(np.float64) - old)
+    square = squared_distance(new, old)
     _require_finite(math.isfinite(square))
     return square
 

@@ -217,7 +217,7 @@ class Averager:
         update = self._fetch(task, body.content_digest)
         limits = ContributionLimits(task.spec.options.max_norm)
         whose = f"the contribution of {body.site}"
-        return check_contribution(update, WeightsFile.at(base).layout, base, limits, whose).norm
+        return check_contribution(update, WeightsFile.at(base).layout, base, limits, whose)
 
     def _fetch(self, task: ExecutionTask, digest: str) -> Path:
         """A file of weights by its digest; what lies here already is not fetched again."""

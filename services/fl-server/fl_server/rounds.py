@@ -47,7 +47,7 @@ from fl_server.reports import (
 from medhive.contribution import check_contribution, norm_outliers
 from medhive.envelope import ContributionBody, TaskType
 from medhive.errors import MedHiveError
-from medhive.packing import Layout, WeightsFile
+from medhive.packing import Flat, Layout, WeightsFile, open_flat
 from medhive.states import RoundState, RunState
 from medhive.strategies import AggregateStats, Strategy, StrategyState, Update, make_strategy, require_rate_sum
 from medhive.wire import Refusal, RoundReport, RunEnd, SiteRound
@@ -343,13 +343,14 @@ class RunLoop:
             updates=self._folder.round_folder(number),
         )
         layout = WeightsFile.at(before.weights).layout
+        base = open_flat(before.weights)  # this process's own file, which nobody cuts short
 
         def check(body: ContributionBody, path: Path | None) -> Answer:
             if body.type is TaskType.EVALUATE:
                 return self._check_evaluation(body, path)
             if strategy.corrects:
                 require_rate_sum(body.site, body.rate_sum)
-            return self._check_update(body, path, before.weights, layout)
+            return self._check_update(body, path, base, layout)
 
         # Announced while the sites work already: nobody waits for it.
         asked = self._ask(question, [*sites, *evaluators], check, lambda: self._announce(opened, sites, evaluators))
@@ -382,13 +383,12 @@ class RunLoop:
             rates[site] = answer.body.rate_sum / max(1, steps)
         return rates
 
-    def _check_update(self, body: ContributionBody, path: Path | None, base: Path, layout: Layout) -> Answer:
+    def _check_update(self, body: ContributionBody, path: Path | None, base: Flat, layout: Layout) -> Answer:
         """Look at every number of an update, and at what the site says of itself."""
         Scores.of(body, self._classes)
         if path is None:
             raise UpdateMissing(f"{body.site} answered without an update.")
-        stats = check_contribution(path, layout, base, whose=f"the update of {body.site}")
-        return Answer(body, path, stats.norm)
+        return Answer(body, path, check_contribution(path, layout, base, whose=f"the update of {body.site}"))
 
     def _aggregate(
         self, number: int, before: Checkpoint, strategy: Strategy, collected: Collected, population: int

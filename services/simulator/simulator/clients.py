@@ -36,7 +36,7 @@ from fl_server.collect import REASON_LENGTH, Answer, Collected, Question
 from fl_server.rounds import Check, Refuse
 from medhive.envelope import ContributionBody, TaskType
 from medhive.errors import MedHiveError, NoSpace
-from medhive.packing import Flat, read_weights, write_weights
+from medhive.packing import Flat, overwrite_weights, read_weights, write_weights
 from medhive.spec import RunOptions
 from medhive.version import PROTOCOL
 from simulator.faults import Fate, Fates, poisoned
@@ -94,6 +94,8 @@ class InlineSites:
         fates: what goes wrong with whom.
         states: what clients remember; None lets them forget.
         on_client: told of progress.
+        room: a folder for the updates of a round, each written over one of the round before, which is cheaper than a new
+            file; None for new files.
         together: how many clients are trained as one computation.
     """
 
@@ -105,6 +107,7 @@ class InlineSites:
         states: ClientStates | None,
         *,
         on_client: OnClient,
+        room: Path | None = None,
         together: int = 1,
     ) -> None:
         self._federation = federation
@@ -112,6 +115,8 @@ class InlineSites:
         self._fates = fates
         self._states = states
         self._on_client = on_client
+        self._room = room
+        self._in_room = 0
         self._together = together
         self._ahead: dict[str, LocalRound | MedHiveError] = {}
         self._names = tuple(federation.names)
@@ -134,6 +139,7 @@ class InlineSites:
     ) -> Collected:
         """Have one client after the other answer; see `fl_server.rounds.Sites.ask`."""
         on_asked()
+        self._in_room = 0
         sites = self.those_asked(question, sites)
         base = read_weights(question.base) if question.base is not None else {}
         collected = Collected({}, {})
@@ -189,10 +195,10 @@ class InlineSites:
         if question.statistics:
             workspace.use_statistics({name: np.asarray(values) for name, values in question.statistics.items()})
         if question.type is TaskType.TRAIN and question.updates is not None:
-            path = question.updates / f"{site}.safetensors"
             weights, content = self._train(question, site, base, fate, workspace)
+            path = self._path_of_update(question.updates, site)
             # Neither synced nor hashed: after a crash the round is done again.
-            write_weights(path, weights, durable=False)
+            overwrite_weights(path, weights)
             return _body(question, site, began, **content), path
         if question.type is TaskType.STATISTICS:
             sums = workspace.statistics() or {}
@@ -203,6 +209,13 @@ class InlineSites:
         return _body(
             question, site, began, metrics=judged.metrics, confusion=judged.confusion, examples=judged.examples
         ), None
+
+    def _path_of_update(self, updates: Path, site: str) -> Path:
+        if self._room is None:
+            return updates / f"{site}.safetensors"
+        self._room.mkdir(exist_ok=True)
+        self._in_room += 1
+        return self._room / f"{self._in_room}.safetensors"
 
     def _train_ahead(self, question: Question, sites: Sequence[str], base: Mapping[str, Flat]) -> None:
         """Train the next few clients that will answer and have examples to train on, as one computation."""

@@ -43,7 +43,7 @@ from simulator.study import Simulation
 if TYPE_CHECKING:
     from simulator.flower import Engine
 
-IDENTITY, WORK, STATES = "simulation.json", "work", "clients"
+IDENTITY, WORK, STATES, ROOM = "simulation.json", "work", "clients", "updates"
 UNTOLD = "untold"
 """In an answer, not in the folder: why MLflow has not heard of it."""
 TRACKING_PAUSE_S = 60.0
@@ -238,7 +238,7 @@ class _Work:
             self._listener.on_line(f"{self._out} holds it complete")
         else:
             self._complete()
-        for folder in (WORK, STATES):
+        for folder in (WORK, STATES, ROOM):
             shutil.rmtree(self._out / folder, ignore_errors=True)
         summary = dict(json.loads((self._out / SUMMARY).read_text("utf-8")))
         untold = self._tell_all()
@@ -307,6 +307,7 @@ class _Work:
             Fates(simulation.faults, len(self._federation.names), self._options.seed),
             ClientStates(states) if states else None,
             on_client=self._on_client,
+            room=self._out / ROOM,
             together=simulation.together,
         )
 

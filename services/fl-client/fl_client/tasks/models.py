@@ -315,8 +315,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, FloatArray]) -> None:
     require_same_layout({name: tuple(tensor.shape) for name, tensor in own.items()}, weights)
     for name, tensor in own.items():
         array = np.asarray(weights[name], dtype=np.float32)
-        values = torch.from_numpy(np.array(array if tensor.is_floating_point() else np.rint(array)))
-        tensor.copy_(values.to(tensor.dtype))
+        values = array if tensor.is_floating_point() else np.rint(array)
+        # torch takes no array that is not to be written on without a warning.
+        tensor.copy_(torch.from_numpy(np.require(values, requirements="W")))
 
 
 def require_same_layout(own: Mapping[str, tuple[int, ...]], weights: Mapping[str, FloatArray]) -> None:
