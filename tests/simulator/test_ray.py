@@ -219,6 +219,8 @@ def test_a_comparison_shares_its_processes_and_goes_on_after_a_kill_with_the_bit
     with simulating(spread, out, **{MARK: mark}) as process:
         said = process.communicate(timeout=DEADLINE_S)[1].decode()
     assert process.returncode == 0, said
+    assert "none holds it complete" in said
+    assert said.index("goes on after round") < said.index("starting Ray's processes")
     wait(lambda: not marked(mark), "Ray's processes outlive the comparison")
     one, other = (json.loads((folder / COMPARISON_JSON).read_text()) for folder in (out, tmp_path / "inline"))
     assert [{**cell, "seconds": 0} for cell in one] == [{**cell, "seconds": 0} for cell in other]

@@ -404,6 +404,11 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether its processes are there."""
+        return self._backend is not None
+
     def take_up(self, work: Work) -> None:
         """Have the actors work for this simulation; the one before it, if there was one, is over.
 

@@ -299,6 +299,8 @@ class _Work:
 
             own = partial(engine_of, simulation, self._out, len(self._federation.names))
             with nullcontext(self._engine) if self._engine else own() as engine:
+                if not engine.has_begun:
+                    self._listener.on_line("starting Ray's processes, which takes some seconds")
                 yield flower_sites(engine, simulation, self._federation, states, self._on_client)
             return
         yield InlineSites(
