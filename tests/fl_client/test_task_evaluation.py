@@ -1,15 +1,23 @@
 """Metrics and intervals against values worked out elsewhere, and against properties that must hold for any predictions."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score, log_loss, roc_auc_score
 
 from fl_client.tasks.errors import NotEnoughExamples
 from fl_client.tasks.evaluation import auc_interval, calibration_error, compare, evaluate, wilson
+
+
+@pytest.fixture(scope="module")
+def metrics() -> Any:
+    """scikit-learn's, imported by the worker that has these tests, not by each that collects them: it takes seconds."""
+    from sklearn import metrics  # noqa: PLC0415
+
+    return metrics
 
 
 def rows(seed: int, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,24 +60,26 @@ def test_any_predictions_give_values_inside_their_intervals(seed: int, n: int, k
 
 
 @given(seed=st.integers(0, 1000), n=st.integers(1, 60), k=st.integers(2, 5), decimals=st.integers(1, 9))
-def test_the_metrics_are_those_of_scikit_learn(seed: int, n: int, k: int, decimals: int) -> None:
+def test_the_metrics_are_those_of_scikit_learn(metrics: Any, seed: int, n: int, k: int, decimals: int) -> None:
     labels, probabilities = rows(seed, n, k)
     probabilities = probabilities.round(decimals) + 1e-3  # with ties, as small data have them
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     predicted, indices = probabilities.argmax(axis=1), list(range(k))
     found = evaluate(labels, probabilities, [f"c{i}" for i in indices])
-    assert found.confusion == tuple(map(tuple, confusion_matrix(labels, predicted, labels=indices)))
-    assert found.loss == pytest.approx(log_loss(labels, probabilities, labels=indices))
+    assert found.confusion == tuple(map(tuple, metrics.confusion_matrix(labels, predicted, labels=indices)))
+    assert found.loss == pytest.approx(metrics.log_loss(labels, probabilities, labels=indices))
     # Told, because scikit-learn halves the score of two classes otherwise.
-    assert found.brier == pytest.approx(brier_score_loss(labels, probabilities, labels=indices, scale_by_half=False))
-    assert found.macro_f1.value == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
+    assert found.brier == pytest.approx(
+        metrics.brier_score_loss(labels, probabilities, labels=indices, scale_by_half=False)
+    )
+    assert found.macro_f1.value == pytest.approx(metrics.f1_score(labels, predicted, average="macro", zero_division=0))
     for index in indices:
         area = auc_interval(labels == index, probabilities[:, index])
         if area is not None:
-            assert area.value == pytest.approx(roc_auc_score(labels == index, probabilities[:, index]))
+            assert area.value == pytest.approx(metrics.roc_auc_score(labels == index, probabilities[:, index]))
 
 
-def test_delong_covers_the_true_area_about_95_times_in_100() -> None:
+def test_delong_covers_the_true_area_about_95_times_in_100(metrics: Any) -> None:
     rng = np.random.default_rng(0)
     positive = np.arange(120) < 50
     truth = 0.7602499389065233  # P(N(1,1) > N(0,1))
@@ -77,7 +87,7 @@ def test_delong_covers_the_true_area_about_95_times_in_100() -> None:
     for _ in range(300):
         scores = rng.normal(positive.astype(float), 1.0)
         found = auc_interval(positive, scores)
-        assert found.value == pytest.approx(roc_auc_score(positive, scores))
+        assert found.value == pytest.approx(metrics.roc_auc_score(positive, scores))
         hits += found.low <= truth <= found.high
     assert 0.9 < hits / 300 < 0.985
 

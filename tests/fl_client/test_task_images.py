@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, Resize, ResizeWithPadOrCrop, ToNumpy
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -306,6 +305,13 @@ def test_resizing_keeps_the_shape_of_things() -> None:
 
 @pytest.mark.parametrize(("height", "width", "size"), [(50, 100, 32), (100, 77, 32), (17, 9, 48), (40, 41, 41)])
 def test_resizing_gives_the_bits_of_monai(height: int, width: int, size: int) -> None:
+    from monai.transforms import (  # noqa: PLC0415 - seconds to collect, in every worker
+        Compose,
+        Resize,
+        ResizeWithPadOrCrop,
+        ToNumpy,
+    )
+
     image = np.random.default_rng(height).integers(0, 256, (3, height, width), dtype=np.uint8)
     mode = "area" if max(height, width) >= size else "bilinear"
     theirs = Compose([Resize(size, size_mode="longest", mode=mode), ResizeWithPadOrCrop((size, size)), ToNumpy()])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression
 
 from fl_client.check import check_data
 from fl_client.tasks import Prediction, RoundPlan, Skipped, Workspace, finish, load_task
@@ -22,7 +21,6 @@ from fl_client.tasks.errors import (
     WrongOption,
 )
 from fl_client.tasks.tables import csv_files
-from fl_client.tasks.tabular_training import Moments
 from medhive.spec import StudyData
 
 SECRET = b"a site's secret"
@@ -35,6 +33,14 @@ TABLE: dict[str, Any] = {
     "label": {"name": "grade", "positive_above": 0},
     "missing": ["", "?"],
 }
+
+
+@pytest.fixture(scope="module")
+def moments() -> Any:
+    """`Moments`, imported by the worker that has these tests, not by each that collects them: it takes seconds."""
+    from fl_client.tasks.tabular_training import Moments  # noqa: PLC0415
+
+    return Moments
 
 
 def study(**changes: Any) -> StudyData:
@@ -198,9 +204,9 @@ def test_studies_that_cannot_be_tables(tmp_path: Path) -> None:
         st.lists(st.one_of(st.just(float("nan")), st.floats(-1e3, 1e3)), min_size=2, max_size=2), min_size=1
     )
 )
-def test_scaled_features_are_finite_whatever_the_values(values: list[list[float]]) -> None:
+def test_scaled_features_are_finite_whatever_the_values(moments: Any, values: list[list[float]]) -> None:
     table = np.array(values)
-    scaled = Moments.of(table).scaled(table, np.array([True, True]))
+    scaled = moments.of(table).scaled(table, np.array([True, True]))
     assert scaled.shape == (len(values), 4)
     assert np.isfinite(scaled).all()
 
@@ -224,13 +230,15 @@ def test_the_first_round_pools_the_moments_exactly(tmp_path: Path) -> None:
     assert at_once["moments.first"] == pytest.approx(weights["moments.first"], rel=1e-6)
 
 
-def test_one_site_trained_to_the_end_is_scikit_learns_own_fit(tmp_path: Path) -> None:
+def test_one_site_trained_to_the_end_is_scikit_learns_own_fit(moments: Any, tmp_path: Path) -> None:
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+
     site = opened(write(tmp_path / "t.csv", n=300))
     for options in ({}, {"C": 0.05}, {"penalty": "none"}):
         weights = federate([site], rounds=3, local_epochs=200, **options)
         table = site._table
         rows = table.parts == "train"
-        features = Moments.from_weights(weights).scaled(table.values[rows], np.array(table.features.numeric))
+        features = moments.from_weights(weights).scaled(table.values[rows], np.array(table.features.numeric))
         strength = np.inf if options else 1.0
         strength = options.get("C", strength)
         reference = LogisticRegression(C=strength, max_iter=1000, tol=1e-8).fit(features, table.labels[rows])

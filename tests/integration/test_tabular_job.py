@@ -12,7 +12,6 @@ import pytest
 from whole_world import PATIENT, PEOPLE, SITES, TABLE_STUDY, WholeWorld, content_of
 
 from fl_client.tasks.tables import Table, read_table
-from fl_client.tasks.tabular_training import Moments
 from medhive.packing import read_weights
 from medhive.spec import StudyData
 
@@ -71,6 +70,8 @@ def table_of(world: WholeWorld, site: str, fitted: Fitted) -> Table:
 
 
 def test_scaling_uses_the_moments_of_all_hospitals_and_no_row_left_one(whole: WholeWorld, fitted: Fitted) -> None:
+    from fl_client.tasks.tabular_training import Moments  # noqa: PLC0415 - seconds to collect, in every worker
+
     tables = [table_of(whole, site, fitted) for site in SITES]
     rows = [table.values[table.parts == "train"] for table in tables]
     pooled = Moments.of(np.concatenate(rows))

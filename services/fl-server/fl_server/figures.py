@@ -1,15 +1,15 @@
 """Pictures of a run for the tracking server: its curves over the rounds, and what the final model mistakes for what.
 
-Only the tracking process imports this module; the plotting library is used by its objects alone, without its global state.
+The plotting library is used by its objects alone, without its global state, and imported by the first picture: that takes
+a second, and who draws has mostly been started long before.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Curve = Sequence[tuple[int, float]]
 """Pairs of step and value, by ascending step."""
@@ -29,16 +29,27 @@ SHARES = ("accuracy", "f1", "recall")
 def draw_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path | BinaryIO, title: str = "") -> None:
     """Draw one panel a quantity, each with its labelled curves over the rounds, into a PNG file."""
     width, height = PANEL_INCHES
-    figure = Figure(figsize=(width * max(1, len(panels)), height), layout="constrained")
-    FigureCanvasAgg(figure)
-    if title:
-        figure.suptitle(_plain(title))
+    figure = _figure(width * max(1, len(panels)), height, title)
     for place, (name, curves) in enumerate(panels.items(), 1):
         _draw_panel(figure.add_subplot(1, len(panels), place), name, curves)
     figure.savefig(path, dpi=DPI, format="png")
 
 
+def _figure(width: float, height: float, title: str) -> "Figure":
+    """An empty picture, so many inches wide and high."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(_plain(title))
+    return figure
+
+
 def _draw_panel(axes: Any, name: str, curves: Mapping[str, Curve]) -> None:
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
     for place, (label, curve) in enumerate(curves.items()):
         steps, values = zip(*curve, strict=True)
         style = LINES[place % len(LINES)]
@@ -62,9 +73,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
     counts and, below, that share.
     """
     side = min(14.0, 3.5 + 0.75 * len(classes))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(_plain(title))
+    figure = _figure(side + 1, side, title)
     axes = figure.add_subplot()
     shares = [[cell / max(1, sum(row)) for cell in row] for row in confusion]
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
