@@ -40,6 +40,8 @@ ACTOR = b"ray::ClientAppActor"
 def simulating(flags: dict[str, Any], out: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """One life of the command, in one thread a process."""
     words = [sys.executable, "-m", "simulator", *arguments(flags, out)]
+    # Whoever is started by a script in the background is deaf to Ctrl-C, and so is what he starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(words, env=one_thread(**environment), stderr=subprocess.PIPE) as process:
         yield process
 

@@ -90,6 +90,9 @@ CONNECT_S: Final = 5.0
 """How long a cluster's address may take to answer; Ray itself would try for minutes."""
 START_S: Final = 120.0
 """How long actors may take to come up; a busy machine needs seconds for each, and without a free core they never do."""
+ORPHANED_S: Final = 15
+"""How long Ray's processes look for the rest of it when that is gone, because the command was killed: longer than a busy
+machine hesitates. By themselves they would look for a minute."""
 LOOPBACK: Final = "127.0.0.1"
 
 QUESTION: Final = TypeAdapter(Question)
@@ -535,6 +538,7 @@ def _own_ray(folder: Path, workers: int | None, device: str) -> Iterator[Room]:
     """
     actors = workers or max(1, len(os.sched_getaffinity(0)) // _threads())
     values = {**_of_actors(), "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    values["RAY_gcs_rpc_server_reconnect_timeout_s"] = str(ORPHANED_S)
     arguments = {
         "num_cpus": actors,
         "include_dashboard": False,
