@@ -17,9 +17,7 @@ HERE = Path(__file__).parent
 FIRST = ("faults", "integration", "simulator", "fl_server", "fl_client")
 # Files that share a coordinator, by its fixture; any other file goes to a worker by itself.
 TOGETHER = {
-    "faults": "world of faults",
-    "integration/test_forged_contributions.py": "world",
-    "integration/test_two_runs_at_once.py": "world",
+    "faults": "world",
     "integration": "whole",
 }
 SHARED = pytest.StashKey[dict[str, ExitStack]]()

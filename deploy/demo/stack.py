@@ -47,10 +47,26 @@ def is_taken(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def a_moment() -> None:
+    """The pause between two looks at what cannot be heard of."""
+    time.sleep(POLL_S)
+
+
 def wait_until(
-    ready: Callable[[], bool], what: str, deadline_s: float, alive: Callable[[], None] | None = None
+    ready: Callable[[], bool],
+    what: str,
+    deadline_s: float,
+    alive: Callable[[], None] | None = None,
+    pause: Callable[[], None] = a_moment,
 ) -> None:
     """Wait for an event of another process.
+
+    Args:
+        ready: looks whether it has happened.
+        what: it, in words.
+        deadline_s: how long to wait.
+        alive: raises when it cannot happen any more.
+        pause: returns when another look is worth it.
 
     Raises:
         StackError: it did not happen in time.
@@ -61,7 +77,7 @@ def wait_until(
             alive()
         if time.monotonic() > end:
             raise StackError(f"{what} did not happen within {deadline_s:.0f} s")
-        time.sleep(POLL_S)
+        pause()
 
 
 @dataclass

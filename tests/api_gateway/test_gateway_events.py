@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from gateway_world import GatewayProcess, Hospital, World, running_gateway, until
+from gateway_world import GatewayProcess, Hospital, World, running_gateway
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import until
 
 from medhive.chain import ZERO_HASH, BrokenChain, event_hash, verify_chain
 from medhive.errors import BadSignature

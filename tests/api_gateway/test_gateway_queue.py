@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gateway_world import GatewayProcess, Hospital, World, running_gateway, until
+from gateway_world import GatewayProcess, Hospital, World, running_gateway
 from queue_world import SIZE, Scene, agree, flat, model, open_queue
+from waiting import until
 
 from api_gateway.blobstore import MAX_BLOB_BYTES
 from medhive.errors import Conflict, Expired, IllegalTransition, InvalidInput, NotAllowed, NotFound

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from gateway_world import GatewayProcess, World, running_gateway, until
+from gateway_world import GatewayProcess, World, running_gateway
 from public_address import PublicCa
+from waiting import until
 
 from api_gateway.admin.audit import (
     check_log,

@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from gateway_world import Hospital, World, until
+from gateway_world import Hospital, World
+from waiting import until
 
 from medhive.errors import (
     BadSignature,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -16,11 +17,12 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from gateway_world import GatewayProcess, World, running_gateway, until
+from gateway_world import GatewayProcess, World, running_gateway
 from old_files import make_old
 from queue_world import Scene
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
+from waiting import until
 
 from api_gateway import blobs, migrate, models
 from api_gateway.__main__ import build, main
@@ -171,16 +173,14 @@ def test_logs_hold_no_token_and_no_password(tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
-    if request.param == "sqlite":
-        return Database(f"sqlite:///{tmp_path / 'gateway.db'}")
-    url = request.getfixturevalue("postgres_url").replace("postgresql://", "postgresql+psycopg://")
-    first = Database(url)
-    with first.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("DROP DATABASE IF EXISTS migrations"))
-        connection.execute(text("CREATE DATABASE migrations"))
-    first.close()
-    return Database(url.replace("/postgres?", "/migrations?"))
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """A database of the test's own, closed after it also when it fails, so that no other test meets its connections."""
+    url = f"sqlite:///{tmp_path / 'gateway.db'}"
+    if request.param == "postgres":
+        url = request.getfixturevalue("empty_postgres").replace("postgresql://", "postgresql+psycopg://")
+    database = Database(url)
+    yield database
+    database.close()
 
 
 def test_migrations_make_what_the_models_say(database: Database) -> None:
@@ -194,7 +194,6 @@ def test_migrations_make_what_the_models_say(database: Database) -> None:
         connection.commit()
     with pytest.raises(IncompatibleVersion, match="9999"):
         migrate.upgrade(database)
-    database.close()
 
 
 def test_hospitals_of_an_older_database_speak_the_protocol_of_its_time(database: Database) -> None:
@@ -210,7 +209,6 @@ def test_hospitals_of_an_older_database_speak_the_protocol_of_its_time(database:
     with database.engine.connect() as connection:
         found = connection.execute(text("SELECT name, protocol FROM sites ORDER BY name")).all()
     assert [tuple(row) for row in found] == [("invited", None), ("joined", 1)]
-    database.close()
 
 
 def test_gateways_that_start_at_the_same_moment_migrate_once(database: Database) -> None:
@@ -236,7 +234,6 @@ def test_gateways_that_start_at_the_same_moment_migrate_once(database: Database)
             compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), Base.metadata) == []
         )
         assert connection.execute(text("SELECT id FROM event_head")).scalar_one() == models.HEAD_ROW
-    database.close()
 
 
 def test_several_gateways_may_start_at_once(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from gateway_world import GatewayProcess, World, running_gateway, until
+from gateway_world import GatewayProcess, World, running_gateway
 from public_address import PublicCa, public_address
+from waiting import until
 
 from api_gateway.tunnel import TunnelSettings
 from medhive.client import GatewayClient, Trust

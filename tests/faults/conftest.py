@@ -8,8 +8,8 @@ from hospital_world import World, running_world
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, shared: dict[str, ExitStack]) -> World:
-    """The coordinator, MLflow and three connected hospitals with the study `tumours`."""
-    world = shared["faults"].enter_context(running_world(tmp_path_factory.mktemp("faults"), mlflow=True))
+    """The coordinator and three connected hospitals with the study `tumours`; MLflow is away until a test starts it."""
+    world = shared["faults"].enter_context(running_world(tmp_path_factory.mktemp("faults")))
     world.study("tumours")
     world.warm_up("tumours")
     return world

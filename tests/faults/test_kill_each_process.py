@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test starts a whole installat
 ROUNDS = 3
 KILL_IN = 2  # the round in which each process dies
 A, B, C = SITES
-MANY_EPOCHS = 50  # some seconds, so that a kill after the first comes in the middle of a training
+MANY_EPOCHS = 20  # some seconds, so that a kill after the first comes in the middle of a training
 SPEC: dict[str, Any] = {"rounds": ROUNDS, "strategy": "scaffold", "seed": 7}
 
 

@@ -9,10 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from flower_stack import FlowerStack, Node, answering, free_port, until
+from flower_stack import FlowerStack, Node, answering, free_port
 from flwr.app import ArrayRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.supercore.date import now
+from waiting import until
 
 import fl_client.flower
 from fl_client.flower import (

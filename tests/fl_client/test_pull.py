@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flower_stack import until
 from made_scans import chest, write_series
 from orthanc import Orthanc, installed, running_orthanc
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import RLELossless, generate_uid
+from waiting import until
 
 from fl_client.__main__ import program
 from fl_client.check import check_data

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from gateway_world import GatewayProcess, Hospital, World, running_gateway, until
+from gateway_world import GatewayProcess, Hospital, World, running_gateway
 from public_address import PublicCa, public_address
 from queue_world import agree, open_queue, signed_manifest
+from waiting import until
 
 from fl_client.gateway import Gateway
 from fl_client.identity import Keys, connect, discover, join

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from coordinator_stack import CoordinatorStack, coordinator, processes_of
-from flower_stack import free_port, until
+from flower_stack import free_port
 from old_files import old_leftover
+from waiting import until
 
 from medhive.queues import QueueAnswer
 from medhive.states import ConsentState, RunState

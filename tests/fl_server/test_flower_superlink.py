@@ -6,10 +6,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from flower_stack import FlowerStack, ScriptedRun, answering, until
+from flower_stack import FlowerStack, ScriptedRun, answering
 from flwr.common.config import get_fab_config
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
+from waiting import until
 
 from fl_server.flower import (
     FlowerRunNotFound,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from flower_stack import free_port, until
+from flower_stack import free_port
+from waiting import until
 
 from fl_server.gate import FLEET_PATHS, Gate, NginxMissing
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gateway_world import Hospital, World, running_gateway, until
+from gateway_world import Hospital, World, running_gateway
 from queue_world import Scene, agree, flat
+from waiting import until
 
 from fl_server.queues import Averager, AveragerStopped
 from medhive.errors import Conflict, MedHiveError, Unreachable

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from flower_stack import until
+from waiting import until
 
 from fl_server.flower import Command
 from fl_server.locking import FolderInUse, FolderLock

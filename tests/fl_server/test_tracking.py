@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 from coordinator_stack import CLASSES, CoordinatorStack, coordinator
-from flower_stack import until
 from matplotlib.figure import Figure
+from waiting import until
 
 from fl_server.figures import draw_confusion, draw_curves
 from fl_server.tracking import MAX_SITE_CURVES, NOTE, Progress, Value, panels_of, round_values

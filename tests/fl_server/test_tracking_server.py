@@ -8,10 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from flower_stack import until
-from mlflow.exceptions import MlflowException
-from mlflow.store.db import utils
-from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
+from waiting import until
 
 SCRIPT = Path(__file__).parents[2] / "services" / "mlflow" / "serve.py"
 
@@ -115,6 +112,10 @@ def test_a_new_state_folder_needs_no_look_at_its_database(
 
 
 def test_an_older_mlflows_database_is_brought_up_to_date(serve: ModuleType, tmp_path: Path) -> None:
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415 - seconds to collect, in every worker
+    from mlflow.store.db import utils  # noqa: PLC0415
+    from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase  # noqa: PLC0415
+
     environment = {"MEDHIVE_MLFLOW_STATE_DIR": str(tmp_path)}
     engine = utils.create_sqlalchemy_engine(f"sqlite:///{tmp_path / 'mlflow.db'}")
     InitialBase.metadata.create_all(engine)

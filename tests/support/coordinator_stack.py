@@ -11,18 +11,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
-from flower_stack import free_port, until
+from flower_stack import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from queue_world import signed_consent, signed_manifest
+from waiting import Listener, until
 
 from fl_client.flower import FleetClosed, FleetConnection, Inbound, RunGone
 from fl_client.gateway import Gateway
@@ -56,6 +57,8 @@ ROOT = Path(__file__).parents[2]
 PASSWORD = "a long password for tests"
 HOLD_S = 20.0  # as a hospital's node lets its looks be held
 CLASSES = ("benign", "malignant")
+
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -106,6 +109,7 @@ class CoordinatorStack:
     with_mlflow: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
     hospitals: dict[str, "LightHospital"] = field(default_factory=dict)
+    listener: Listener | None = None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,9 +169,14 @@ class CoordinatorStack:
     def start_gateway(self) -> None:
         self.gateway.start()
         until(self._gateway_answers, "the gateway answers", 120)
-        self.admin = GatewayClient(self.address, self.trust)
-        token = self.admin.post(f"{API}/login", {"username": "admin", "password": PASSWORD})
-        self.admin.use_token(TokenAnswer.model_validate(token).token)
+        self.admin = self._logged_in()
+        self.listener = self.listener or Listener(self._logged_in)
+
+    def _logged_in(self) -> GatewayClient:
+        admin = GatewayClient(self.address, self.trust)
+        token = admin.post(f"{API}/login", {"username": "admin", "password": PASSWORD})
+        admin.use_token(TokenAnswer.model_validate(token).token)
+        return admin
 
     def _gateway_answers(self) -> bool:
         if not (self.state / "tls" / "ca.crt").exists() or not (self.state / "secrets" / "server-token").exists():
@@ -204,6 +213,8 @@ class CoordinatorStack:
     def stop(self) -> None:
         for hospital in self.hospitals.values():
             hospital.stop()
+        if self.listener:
+            self.listener.close()
         if hasattr(self, "admin"):
             self.admin.close()
         for process in (self.server, self.gateway, self.mlflow):
@@ -259,7 +270,7 @@ class CoordinatorStack:
                 return None
             return run if run.state in FINAL_RUN_STATES else None
 
-        return until(look, f"{run_id} ends", seconds)
+        return self._hear(look, f"{run_id} ends", seconds)
 
     def reached(self, run_id: str, round_number: int, seconds: float = 150.0) -> None:
         """Wait until a round of a run is open."""
@@ -270,7 +281,12 @@ class CoordinatorStack:
             except Unreachable:
                 return False
 
-        until(look, f"{run_id} reaches round {round_number}", seconds)
+        self._hear(look, f"{run_id} reaches round {round_number}", seconds)
+
+    def _hear(self, look: Callable[[], Found | None], what: str, seconds: float) -> Found:
+        """Look until the answer is true, whenever the event log has grown."""
+        assert self.listener is not None, "the gateway was not started"
+        return until(self.listener.before(look), what, seconds, self.listener.wait)
 
     def train_up_to(self, round_number: float) -> None:
         """Let every hospital answer the rounds up to this one, and train on in those after it."""

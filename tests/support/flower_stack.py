@@ -10,36 +10,21 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from waiting import DEADLINE_S, until
 
 from fl_client.flower import FleetConnection
 from fl_server.flower import Command, FlowerRun, SuperLink, superexec_command, superlink_command
-
-T = TypeVar("T")
-
-DEADLINE_S = 120.0
-"""Longest wait of a test for something that takes a second or two on a quiet machine."""
-
-
-def until(look: Callable[[], T | None], what: str, seconds: float = DEADLINE_S) -> T:
-    """Look until the answer is true, and return it."""
-    deadline = time.monotonic() + seconds
-    while not (found := look()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {seconds} s")
-        time.sleep(0.05)
-    return found
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import numpy as np
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from waiting import DEADLINE_S, until
 
 from medhive import __version__
 from medhive.client import GatewayClient, Trust
@@ -42,20 +42,8 @@ from medhive.wire import (
     VersionAnswer,
 )
 
-T = TypeVar("T")
-DEADLINE_S = 120.0
-"""Longest wait for something that takes a second on a quiet machine."""
 CLASSES = ("glioma", "notumor")
 PROGRAMS = ("initdb", "pg_ctl", "postgres")
-
-
-def until(look: Callable[[], T | None], what: str, seconds: float = DEADLINE_S) -> T:
-    """Look until the answer is true, and return it."""
-    deadline = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
-    return found
 
 
 # ---- PostgreSQL ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from typing import Any, Final, TypeVar
 
 import psutil
 from site_data import fix_split
-from stack import Program, Stack, StackError, wait_until
+from stack import Program, Stack, StackError, a_moment, wait_until
+from waiting import Listener
 
 from fl_client.limits import Limits
 from fl_client.policy import sign_policy
@@ -51,6 +52,13 @@ class World:
     password: str
     sites: list[str] = field(default_factory=list)
     _events: list[EventAnswer] = field(default_factory=list)
+    _listener: Listener | None = None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.admin.close()
+        if self._listener:
+            self._listener.close()
 
     # ---- hospitals
 
@@ -194,7 +202,7 @@ class World:
             run = self.run(run_id)
             return run if run.state in FINAL_RUN_STATES else None
 
-        return self.wait(look, f"the end of {run_id}")
+        return self.hear(look, f"the end of {run_id}")
 
     def completed(self, run_id: str) -> VersionAnswer:
         """Wait for a run's end, which must be a version; returns it."""
@@ -230,7 +238,7 @@ class World:
 
     def event(self, run_id: str, kind: str, **data: Any) -> EventAnswer:
         """Wait for such an event."""
-        return self.wait(lambda: self.find(run_id, kind, **data), f"{kind} {data} of {run_id}")
+        return self.hear(lambda: self.find(run_id, kind, **data), f"{kind} {data} of {run_id}")
 
     def log(self, program: str) -> str:
         """All that a program has printed."""
@@ -239,7 +247,8 @@ class World:
 
     def said(self, event: str, **bound: Any) -> list[dict[str, Any]]:
         """The aggregator's log lines of this name with these values."""
-        lines = [json.loads(line) for line in self.log("server").splitlines() if line.startswith("{")]
+        named = [line for line in self.log("server").splitlines() if line.startswith("{") and f'"{event}"' in line]
+        lines = [json.loads(line) for line in named]
         return [line for line in lines if line.get("event") == event and bound.items() <= line.items()]
 
     def process_of_server(self, words: str) -> psutil.Process | None:
@@ -251,7 +260,18 @@ class World:
                         return process
         return None
 
-    def wait(self, look: Callable[[], Found | None], what: str, deadline_s: float = DEADLINE_S) -> Found:
+    def hear(self, look: Callable[[], Found | None], what: str) -> Found:
+        """Wait as `wait` does, for what the event log tells of: look again when it has grown."""
+        self._listener = self._listener or Listener(lambda: logged_in(self.stack, self.password))
+        return self.wait(self._listener.before(look), what, pause=self._listener.wait)
+
+    def wait(
+        self,
+        look: Callable[[], Found | None],
+        what: str,
+        deadline_s: float = DEADLINE_S,
+        pause: Callable[[], None] = a_moment,
+    ) -> Found:
         """Wait until `look` finds something; an unreachable gateway only means "not yet"."""
         found: list[Found] = []
 
@@ -263,7 +283,7 @@ class World:
             return bool(found)
 
         try:
-            wait_until(seen, what, deadline_s)
+            wait_until(seen, what, deadline_s, pause=pause)
         except StackError as error:
             raise StackError(f"{error}\n{self.tails()}") from None
         return found[0]
@@ -312,11 +332,16 @@ def logged_in(stack: Stack, password: str) -> GatewayClient:
 
 
 @contextmanager
-def running_world(folder: Path, *, mlflow: bool = False, sites: Sequence[str] = SITES) -> Iterator[World]:
-    """A coordinator with connected hospitals; every process is ended with the block, its own children with it."""
-    stack = Stack(folder, mlflow=mlflow, extra_env={**QUICK, "OMP_NUM_THREADS": "1"})
+def running_world(folder: Path, *, sites: Sequence[str] = SITES) -> Iterator[World]:
+    """A coordinator with connected hospitals; every process is ended with the block, its own children with it.
+
+    The coordinator has an MLflow that nobody has started: it takes as long as all the others together, and few tests look
+    into it.
+    """
+    stack = Stack(folder, extra_env={**QUICK, "OMP_NUM_THREADS": "1"})
     with stack:
-        password = stack.start()
+        password = stack.start_gateway()
+        stack.start_server()
         assert password is not None
         stack.login(password)
         world = World(stack, logged_in(stack, password), password)
@@ -329,7 +354,7 @@ def running_world(folder: Path, *, mlflow: bool = False, sites: Sequence[str] = 
                 program.wait_for("connected to the fleet")
             yield world
         finally:
-            world.admin.close()
+            world.close()
             _end_what_is_left(stack)
 
 

@@ -17,8 +17,11 @@ ROUNDS = 2
 
 @pytest.fixture
 def mlflow(world: World) -> Iterator[httpx.Client]:
+    """The tracking server, which runs only while it is looked at."""
+    world.stack.start_mlflow()
     with httpx.Client(base_url=world.stack.mlflow_url, verify=world.stack.trust().context(), timeout=60) as client:
         yield client
+    world.stack.programs["mlflow"].stop()
 
 
 def run_of(mlflow: httpx.Client, mlflow_run_id: str) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ LONG, SHORT = 14, 2
 def test_a_short_run_is_not_held_up_by_a_long_one(world: World) -> None:
     long = world.begin("tumours", rounds=LONG)
     world.event(long, "round.closed", round=1)
+    world.study("lesions", *SITES)
     short = world.begin("lesions", rounds=SHORT)
     world.completed(short)
     assert world.run(long).state == RunState.RUNNING
