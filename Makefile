@@ -26,6 +26,8 @@ DIR ?= images
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
+# Images of Python often set it; every program that a test or the demo starts would then be compiled at each start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo demo-queue test test-containers images images-save up down logs backup restore lint types imports fmt bench clean
 
@@ -53,9 +55,11 @@ demo: $(STAMP) ## Run the main job on this machine: TASK=image-folder DATA= TEST
 demo-queue: $(STAMP) ## Twelve hospitals upload to a queue of ten; the status after each
 	$(BIN)/python deploy/demo/queue_demo.py
 
-# Two at a time: most tests wait for processes, so that two cores are busy with two. Who gets what: tests/conftest.py.
-WORKERS ?= 2
+# More than cores: some tests always wait for a deadline or a process. Who gets what: tests/conftest.py.
+WORKERS ?= 3
 
+# One thread a process: there are processes enough for all cores.
+test: export OMP_NUM_THREADS := 1
 test: $(STAMP) ## Run every test that needs no container engine
 	$(BIN)/pytest -q --durations=15 --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder --ignore tests/containers
 
