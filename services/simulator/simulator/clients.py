@@ -41,6 +41,7 @@ from medhive.spec import RunOptions
 from medhive.version import PROTOCOL
 from simulator.faults import Fate, Fates, poisoned
 from simulator.federation import Federation
+from simulator.memory import keep_freed_memory
 
 MAX_JUDGES = 1000
 """Clients that judge the final weights: what more would add to the mean is below a tenth of a per cent."""
@@ -110,6 +111,7 @@ class InlineSites:
         room: Path | None = None,
         together: int = 1,
     ) -> None:
+        keep_freed_memory()
         self._federation = federation
         self._options = options
         self._fates = fates
