@@ -1,6 +1,7 @@
 """A simulated study: what it gives, that it repeats and resumes to the same bits, that faults are met as in a deployment."""
 
 import csv
+import ctypes
 import json
 import math
 import os
@@ -556,3 +557,14 @@ def test_what_cannot_be_trained_together_is_refused(table: Path) -> None:
     make_phantoms(table / "data", 4)
     with pytest.raises(MedHiveError, match="recipe=plain"):
         run(table / "out", {"data": table / "data", "clients": 2, "together": 4, "options": ("image_size=32",)})
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_what_one_client_frees_is_there_for_the_next() -> None:
+    code = (
+        "from resource import RUSAGE_SELF, getrusage; from simulator.memory import keep_freed_memory; keep_freed_memory()\n"
+        "for turn in range(2): before = getrusage(RUSAGE_SELF).ru_minflt; bytes(1) * (100 << 20)\n"
+        "print(getrusage(RUSAGE_SELF).ru_minflt - before)"
+    )
+    faults = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(faults) < 1000  # of 25,600 pages
