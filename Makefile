@@ -56,7 +56,7 @@ demo-queue: $(STAMP) ## Twelve hospitals upload to a queue of ten; the status af
 	$(BIN)/python deploy/demo/queue_demo.py
 
 # More than cores: some tests always wait for a deadline or a process. Who gets what: tests/conftest.py.
-WORKERS ?= 3
+WORKERS ?= 2
 
 # One thread a process: there are processes enough for all cores.
 test: export OMP_NUM_THREADS := 1

@@ -97,6 +97,19 @@ def test_lines_for_people_go_to_standard_output_and_no_line_is_endless() -> None
     assert err.getvalue().splitlines() == [event, json.dumps({"event": "quiet"})]
 
 
+def test_a_line_and_its_end_are_one_write() -> None:
+    """The log of the supervisor's other threads comes between two."""
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            assert text.endswith("\n")
+            return super().write(text)
+
+    out, err = Stream(), Stream()
+    Relay(out, err)("superexec", json.dumps({"event": "round.closed", "text": "round 1/2"}))
+    assert (out.getvalue().count("\n"), err.getvalue().count("\n")) == (1, 1)
+
+
 def test_a_flood_is_cut_into_lines(supervise: Supervise) -> None:
     supervisor, said = supervise(python("flood", f"print('x' * {3 * MAX_LINE})"))
     supervisor.look()

@@ -231,9 +231,15 @@ class Relay:
         text = str(event.get("text", ""))
         with self._lock:
             self._observe(event)
-            print(line, file=self._err, flush=True)
+            _put(self._err, line)
             if text:
-                print(text, file=self._out, flush=True)
+                _put(self._out, text)
+
+
+def _put(stream: TextIO, line: str) -> None:
+    """A line and its end in one write: this process's own log comes between two."""
+    stream.write(f"{line}\n")
+    stream.flush()
 
 
 def _event_of(line: str) -> Mapping[str, Any] | None:
