@@ -55,7 +55,7 @@ demo: $(STAMP) ## Run the main job on this machine: TASK=image-folder DATA= TEST
 demo-queue: $(STAMP) ## Twelve hospitals upload to a queue of ten; the status after each
 	$(BIN)/python deploy/demo/queue_demo.py
 
-# More than cores: some tests always wait for a deadline or a process. Who gets what: tests/conftest.py.
+# Two at a time: most tests wait for processes, so that two cores are busy with two. Who gets what: tests/conftest.py.
 WORKERS ?= 2
 
 # One thread a process: there are processes enough for all cores.

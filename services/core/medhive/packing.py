@@ -351,7 +351,7 @@ def squared_norm(change: NDArray[np.float64]) -> float:
 
 
 def squared_distance(one: Flat, other: Flat) -> float:
-    """`squared_norm` of their difference, in pieces whose doubles stay in a core's nearest cache: twice as fast."""
+    """`squared_norm` of their difference, in pieces whose doubles stay in a core's nearest cache."""
     pieces = windows(one.size, DOUBLES_ELEMENTS)
     return sum(squared_norm(one[piece].astype(np.float64) - other[piece]) for piece in pieces)
 

@@ -30,7 +30,7 @@ from fl_client.local_round import (
     with_own,
 )
 from fl_client.tasks import RoundPlan, Together, Workspace, completed
-from fl_server.checkpoint import write_durably
+from fl_server.checkpoint import no_space_named, write_durably
 from fl_server.cohort import Present, sample
 from fl_server.collect import REASON_LENGTH, Answer, Collected, Question
 from fl_server.rounds import Check, Refuse
@@ -118,6 +118,9 @@ class InlineSites:
         self._states = states
         self._on_client = on_client
         self._room = room
+        if room is not None:
+            with no_space_named(room):
+                room.mkdir(exist_ok=True)
         self._in_room = 0
         self._together = together
         self._ahead: dict[str, LocalRound | MedHiveError] = {}
@@ -215,7 +218,6 @@ class InlineSites:
     def _path_of_update(self, updates: Path, site: str) -> Path:
         if self._room is None:
             return updates / f"{site}.safetensors"
-        self._room.mkdir(exist_ok=True)
         self._in_room += 1
         return self._room / f"{self._in_room}.safetensors"
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -297,8 +296,8 @@ class _Work:
         if simulation.workers != 0:
             from simulator.flower import engine_of, flower_sites  # noqa: PLC0415 - Ray is an extra, and slow to import
 
-            own = partial(engine_of, simulation, self._out, len(self._federation.names))
-            with nullcontext(self._engine) if self._engine else own() as engine:
+            clients = len(self._federation.names)
+            with nullcontext(self._engine) if self._engine else engine_of(simulation, self._out, clients) as engine:
                 if not engine.has_begun:
                     self._listener.on_line("starting Ray's processes, which takes some seconds")
                 yield flower_sites(engine, simulation, self._federation, states, self._on_client)
