@@ -2,15 +2,17 @@
 
 import asyncio
 import os
+import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 from fastapi import FastAPI
 
 from api_gateway import events, signing_key, sites
@@ -18,7 +20,7 @@ from api_gateway.__main__ import build
 from api_gateway.app import create_app
 from api_gateway.renewal import Renewal
 from api_gateway.settings import Settings
-from api_gateway.tls import Authority, CaStep, load_certificate
+from api_gateway.tls import Authority, CaStep, ServedCertificate, load_certificate
 from api_gateway.work import ANYBODY, Call, Gateway
 from fl_client.identity import Invite
 from medhive.errors import BadSignature, Conflict, InvalidInput
@@ -122,6 +124,49 @@ def test_a_bundle_that_does_not_fit_its_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one" / "ca.crt").write_bytes((tmp_path / "two" / "ca.crt").read_bytes())
     with pytest.raises(InvalidInput, match="holds no certificate for"):
         Authority.open(tmp_path / "one", NAME)
+
+
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> bytes:
+    """Connect in memory; returns the certificate that the client was shown."""
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (
+        client.wrap_bio(to_client, to_server, server_hostname=name),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    )
+    for end in ends * 4:
+        with suppress(ssl.SSLWantReadError):  # until the other end has said something
+            end.do_handshake()
+    shown = ends[0].getpeercert(binary_form=True)
+    assert shown
+    return shown
+
+
+def test_a_certificate_changes_while_others_connect(tmp_path: Path) -> None:
+    authority = Authority.open(tmp_path, NAME)
+    pairs = [(tmp_path / f"{name}.crt", tmp_path / f"{name}.key") for name in ("one", "two")]
+    for certificate, _ in pairs:
+        authority.ensure_leaf(tmp_path, certificate.stem, (), NOW)
+    expected = [load_certificate(path).public_bytes(Encoding.DER) for path, _ in pairs]
+    server, client = (
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+        ssl.create_default_context(cafile=str(tmp_path / "ca.crt")),
+    )
+    server.load_cert_chain(*pairs[0])
+    served = ServedCertificate(server)
+    names = ("localhost", "127.0.0.1")  # a client that knows an address only names no host
+    assert [handshake(server, client, name) for name in names] == [expected[0]] * 2
+    served.change(*pairs[1])
+    assert [handshake(server, client, name) for name in names] == [expected[1]] * 2
+    with ThreadPoolExecutor() as pool:
+        connecting = pool.submit(lambda: {handshake(server, client, names[turn % 2]) for turn in range(500)})
+        for pair in cycle(pairs):
+            served.change(*pair)
+            if connecting.done():
+                break
+        assert connecting.result() <= set(expected)
+    with pytest.raises(OSError, match="mismatch"):
+        served.change(pairs[0][0], pairs[1][1])
+    assert handshake(server, client, names[0]) in expected
 
 
 def test_whoever_knows_an_old_key_is_led_to_the_present_one(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from api_gateway.state import (
     read_keys,
     read_tunnel,
 )
-from api_gateway.tls import CaStep, fingerprint
+from api_gateway.tls import CaStep, ServedCertificate, fingerprint
 from api_gateway.work import Gateway
 from medhive.errors import Conflict, MedHiveError
 from medhive.signing import VerifyKey
@@ -81,14 +81,14 @@ class Renewal:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._tls: ssl.SSLContext | None = None
+        self._served: ServedCertificate | None = None
         self._shown = self._pair(gateway.state)
         self._told: tuple[Tunnel | None, tuple[bytes, bytes]] = gateway.state.tunnel, gateway.state.read
         self._made: list[str] = []
 
     def serves_with(self, tls: ssl.SSLContext) -> None:
         """Tell with what this process itself serves: a new certificate counts from the next connection on."""
-        self._tls = tls
+        self._served = ServedCertificate(tls)
 
     def look(self) -> None:
         """Renew what is due, hand it out, show it; announce what ends."""
@@ -242,8 +242,8 @@ class Renewal:
 
     def _show(self, state: State) -> None:
         pair = self._pair(state)
-        if pair != self._shown and self._tls is not None:
-            self._tls.load_cert_chain(state.certificate_file, state.key_file)
+        if pair != self._shown and self._served is not None:
+            self._served.change(state.certificate_file, state.key_file)
         self._shown = pair
 
     @staticmethod

@@ -7,6 +7,7 @@ a certificate from elsewhere gives it to the proxy in front.
 import datetime
 import hashlib
 import ipaddress
+import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -198,6 +199,36 @@ class Authority:
             .add_extension(identifier, critical=False)
             .sign(self.key, hashes.SHA256())
         )
+
+
+class ServedCertificate:
+    """Changes the certificate that a running server shows, on any thread; connections that are open keep theirs.
+
+    A context must not be given another certificate while handshakes of other threads read it: they break off, or the
+    process does. So each certificate has a context of its own, and a connection is handed over to the newest as it begins.
+    """
+
+    def __init__(self, server: ssl.SSLContext) -> None:
+        """
+        Args:
+            server: with what the server accepts its connections, and what it shows until `change`.
+        """
+        self._newest = server
+        server.sni_callback = self._hand_over
+
+    def change(self, certificate_file: Path, key_file: Path) -> None:
+        """Show this one from the next connection on.
+
+        Raises:
+            OSError: the pair cannot be read, or does not fit; what was shown stays.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate_file, key_file)
+        self._newest = context
+
+    def _hand_over(self, connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        # Asked for each connection, also when the client names no host.
+        connection.context = self._newest
 
 
 def _make_key(path: Path) -> ec.EllipticCurvePrivateKey:
