@@ -72,7 +72,12 @@ def test_each_form_gives_the_same_images(tmp_path: Path, kind: str) -> None:
     write(tmp_path / "data", kind)
     data = StudyData(classes=("cat", "dog"), options={"image_size": 32, "channels": 3})
     assert study_of_folder(tmp_path / "data").classes == ("cat", "dog")
-    assert check_data("image-folder", tmp_path / "data", data, b"secret").examples == 30
+    report = check_data("image-folder", tmp_path / "data", data, b"secret")
+    assert (report.examples, dict(report.remarks)) == (30, {"images of the publisher's test set, not used": 10})
+    judged = check_data(
+        "image-folder", tmp_path / "data", data.as_test_set(), b"secret", local=LocalOptions(subset="judge")
+    )
+    assert (judged.examples, dict(judged.remarks)) == (10, {"images of the publisher's training set, not used": 30})
     for subset, places in (("train", range(30)), ("test", range(30, COUNT)), ("judge", range(30, COUNT))):
         local = LocalOptions(subset=subset)  # type: ignore[arg-type]
         workspace: Any = load_task("image-folder").open(tmp_path / "data", data, b"secret", local=local)
@@ -87,7 +92,8 @@ def test_without_names_classes_are_numbers_and_without_marks_all_is_trained_on(t
     assert len(list(read_packed(tmp_path, "train"))) == len(list(read_packed(tmp_path, "judge"))) == COUNT
     assert not list(read_packed(tmp_path, "test"))
     data = StudyData(classes=("0", "1"), options={"image_size": 32, "channels": 3})
-    assert check_data("image-folder", tmp_path / "set.npz", data, b"secret").examples == COUNT
+    whole = check_data("image-folder", tmp_path / "set.npz", data, b"secret")
+    assert (whole.examples, dict(whole.remarks)) == (COUNT, {})
     with pytest.raises(UnknownClass, match="no class '1'"):
         check_data("image-folder", tmp_path, data.model_copy(update={"classes": ("0", "2")}), b"secret")
 

@@ -29,6 +29,7 @@ MAX_SIDE = 8192  # as many pixels as one decoded file may have
 CIFAR_SIDE, CIFAR_RECORD = 32, 1 + 3 * 32 * 32
 CIFAR_NAMES = "batches.meta.txt"
 PICKLES = tuple(b"\x80%c" % protocol for protocol in range(2, 6))  # how they begin, since protocol 2
+SETS: Mapping[Subset, str] = {"train": "training", "test": "test"}
 PREFIXES: Mapping[Subset, tuple[str, ...]] = {"train": ("train_", "val_"), "test": ("test_",)}
 
 UInt8 = npt.NDArray[np.uint8]
@@ -105,6 +106,18 @@ def read_packed(data: Path, wanted: Wanted) -> Iterator[PackedImage]:
     for path in packed_files(data):
         with _opened(path) as file:
             yield from file.images(subset)
+
+
+def set_apart(data: Path, wanted: Wanted) -> Mapping[str, int]:
+    """What `read_packed` does not take since it belongs to the publisher's other set, with how many images that are.
+
+    Raises:
+        DataFolderMissing: a file is none of the known ones.
+    """
+    subset = _judging(data) if wanted == "judge" else wanted
+    other: Subset = "train" if subset == "test" else "test"
+    count = sum(1 for _ in read_packed(data, other))
+    return {f"images of the publisher's {SETS[other]} set, not used": count} if count else {}
 
 
 def _judging(data: Path) -> Subset:
