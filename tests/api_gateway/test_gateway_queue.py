@@ -418,6 +418,32 @@ def test_an_average_of_what_has_changed_is_made_anew(world: World) -> None:
     assert averager.end(newest, digest=digest)["version"] == 3
 
 
+def agreed_for_a_moment(hospital: Hospital, scene: Scene) -> datetime:
+    """When the newest consent of this hospital ends; it lasts no longer than a busy gateway needs to take it."""
+    life = timedelta(seconds=0.25)
+    while True:
+        ends = datetime.now(UTC) + life
+        try:
+            agree(hospital, scene.queue, expires_at=ends)
+        except Expired:
+            life *= 2
+        else:
+            return ends
+
+
+def test_a_consent_that_ended_holds_up_no_average(world: World) -> None:
+    scene = Scene.made(world, hospitals=3, capacity=3)
+    for seed, hospital in enumerate(scene.hospitals):
+        scene.upload(hospital, seed)
+    ends = agreed_for_a_moment(scene.hospitals[0], scene)
+    until(lambda: datetime.now(UTC) > ends, "the end of a consent")
+    averager = Averager(scene)
+    task = averager.lease()
+    assert [item.contribution.body.site for item in task.contributions] == [h.site for h in scene.hospitals[1:]]
+    assert [str(row.state) for row in scene.contributions()] == ["withdrawn", "taken", "taken"]
+    assert averager.end(task, digest=averager.send(task))["version"] == 2
+
+
 def test_a_failed_average_gives_back_what_it_had_taken(world: World) -> None:
     scene = Scene.made(world, hospitals=3, capacity=3)
     for seed, hospital in enumerate(scene.hospitals):

@@ -146,6 +146,8 @@ def lease(work: Work, body: LeaseRequest) -> ExecutionTask | None:
     row.fence += 1
     row.holder = body.holder
     queue = work.session.get_one(Queue, row.queue_id)
+    # While nobody held it a consent may have ended; it must not hold up this average, nor those of other queues behind it.
+    queues.drop_unconsented(work, queue)
     queues.record(work, queue, Kind.EXECUTION_LEASED, execution=row.id, fence=row.fence)
     return _task(work, row, queue)
 
