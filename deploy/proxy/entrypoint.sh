@@ -14,12 +14,21 @@ KEY=${TLS_KEY_FILE:-/handout/proxy.key}
 LOOK_S=2
 CONFIGURATION=/tmp/nginx.conf
 
-for file in "$CERTIFICATE" "$KEY" /handout/proxy.crt /handout/proxy.key /handout/ca.crt /handout/mlflow-reader; do
-    if [ ! -r "$file" ]; then
-        echo "error: cannot read $file; the gateway makes it at its first start, TLS_CERT_FILE and TLS_KEY_FILE name your own." >&2
-        exit 1
-    fi
-done
+unreadable() { # the first file that cannot be read
+    local file
+    for file in "$CERTIFICATE" "$KEY" /handout/proxy.crt /handout/proxy.key /handout/ca.crt /handout/mlflow-reader; do
+        if [ ! -r "$file" ]; then
+            echo "$file"
+            return
+        fi
+    done
+}
+
+file=$(unreadable)
+if [ -n "$file" ]; then
+    echo "error: cannot read $file; the gateway makes it at its first start, TLS_CERT_FILE and TLS_KEY_FILE name your own." >&2
+    exit 1
+fi
 
 upstream() { # NAME:PORT -> ADDRESS:PORT, or a place where nobody answers
     local address
@@ -51,12 +60,21 @@ nginx=$!
 trap 'kill -TERM "$nginx"; wait "$nginx"; exit 0' TERM INT
 echo "listening on 8443, MLflow on 8080"
 served=$(state)
+told=
 while kill -0 "$nginx" 2>/dev/null; do
     sleep "$LOOK_S" &
     wait $! || true
+    # A certificate that is just being replaced, or whose new files this user may not read, ends nothing.
+    file=$(unreadable)
+    if [ -n "$file" ] && [ "$file" != "$told" ]; then
+        echo "error: cannot read $file; what was read before is shown until it can be read." >&2
+    fi
+    told=$file
+    if [ -n "$file" ]; then continue; fi
     write_configuration
-    if [ "$(state)" != "$served" ]; then
-        served=$(state)
+    found=$(state) || continue
+    if [ "$found" != "$served" ]; then
+        served=$found
         if nginx -e stderr -t -q -c "$CONFIGURATION"; then kill -HUP "$nginx"; fi
     fi
 done
