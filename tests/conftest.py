@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 HERE = Path(__file__).parent
@@ -21,6 +22,9 @@ TOGETHER = {
     "integration": "whole",
 }
 SHARED = pytest.StashKey[dict[str, ExitStack]]()
+# An example is right or wrong, however long a busy machine takes for it: by itself Hypothesis allows 200 ms.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 class ByWorld(LoadScopeScheduling):
