@@ -1,7 +1,8 @@
 """The watch asks the coordinator only about what an event has touched, and a burst of events is one look."""
 
 from collections.abc import Iterator
-from typing import Any
+from datetime import timedelta
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from site_world import Running, World, running, wait_for
 
 from fl_client import consents, updates
 from fl_client.consents import DataCheck
-from fl_client.events import Connected, RunFinished, VersionArrived
+from fl_client.events import Connected, ConsentWanted, NodeEvent, RunFinished, VersionArrived
 from fl_client.site import Site
-from fl_client.watch import Touched
+from fl_client.trainer import Trainer
+from fl_client.watch import Touched, Watch
+from medhive.client import RemoteError
+from medhive.errors import MedHiveError, NoSpace, Unreachable
 from medhive.packing import write_weights
 from medhive.wire import API, EventAnswer
 
@@ -20,6 +24,7 @@ STUDIES = ("heart", "lungs", "liver")
 CHECK = DataCheck("ab" * 32, 100, {}, {})
 # So that nothing but events makes the node look.
 SELDOM_S = 3600.0
+NO_TRAINER = cast(Trainer, None)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,47 @@ def test_a_version_comes_with_the_end_of_its_run(world: World, site: Site, monke
         assert (again.version, again.candidate) == (arrived.version, True)
         assert asked.requests == 1, "the versions of that study alone"
     assert [item.version for item in updates.undecided(site)] == [overtaking, arrived.version]
+
+
+@pytest.mark.parametrize("error", [Unreachable("cut"), RemoteError("500")], ids=["away", "in trouble"])
+def test_a_look_that_was_cut_off_loses_no_run(
+    error: MedHiveError, world: World, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[NodeEvent] = []
+    watch = Watch(site, NO_TRAINER, seen.append, lambda _name, _work: None)
+    watch.look()
+    wanted = world.run("heart", min_sites=1)
+    # A later change of another run, further behind the first one than the time that is asked for twice.
+    monkeypatch.setattr("fl_client.watch.CHANGED_OVERLAP", timedelta(0))
+    world.run("lungs", min_sites=1)
+    with monkeypatch.context() as cut:
+        cut.setattr(site.gateway, "studies", raising(error))
+        with pytest.raises(type(error)):
+            watch.look()
+    watch.look()
+    assert wanted.id in [event.run_id for event in seen if isinstance(event, ConsentWanted)]
+
+
+def test_an_export_that_could_not_be_looked_at_is_looked_at_later(
+    world: World, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    watch = Watch(site, NO_TRAINER, lambda _event: None, lambda _name, _work: None)
+    monkeypatch.setattr(watch, "_look_at_export", lambda _study, version: looked.append(version))
+    watch.hear(event("version.exported", study="heart", site=site.name, data={"version": 7}))
+    with monkeypatch.context() as cut:
+        cut.setattr(site.store, "outbox", raising(NoSpace("full")))
+        with pytest.raises(NoSpace):
+            watch.follow()
+    watch.follow()
+    assert looked == [7]
+
+
+def raising(error: Exception) -> Any:
+    def work(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return work
 
 
 def release(world: World, site: Site, value: float) -> int:

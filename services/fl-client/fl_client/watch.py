@@ -167,6 +167,7 @@ class Watch:
         return self._look(self._heard.take())
 
     def _look(self, touched: Touched) -> Watched:
+        since = self._since
         try:
             self._deliver()
             # Runs first: a version that has just come then belongs to a run whose end is announced with it.
@@ -185,8 +186,10 @@ class Watch:
                 for study in self._studies:
                     self._one_at_a_time(f"queue of {study}", partial(self._look_at_queue, study))
                 self._one_at_a_time("event log", self._look_at_head)
-        except (Unreachable, SiteRevoked):
+        except MedHiveError:
+            # What was not looked at is looked at again, also what nothing will call for a second time.
             self._heard.add(touched)
+            self._since = since
             raise
         busy = any(run.state in GOING_ON and self._is_mine(run.run_id) for run in self._site.store.runs())
         return Watched(self._studies, busy)
