@@ -113,6 +113,8 @@ def test_nobody_at_the_address_is_said() -> None:
 @pytest.mark.parametrize("status", [502, 503, 504])
 def test_a_proxy_whose_gateway_is_away_is_waited_for(address: Address, status: int) -> None:
     address.status, address.body = status, HTML
+    with pytest.raises(Unavailable, match=f"answers {status}"):
+        introduce(address.url)
     with GatewayClient(address.url, Trust()) as gateway, pytest.raises(Unavailable) as caught:
         gateway.get(f"{API}/sites")
     assert isinstance(caught.value, Unreachable) and caught.value.data["status"] == status

@@ -41,6 +41,7 @@ from medhive.errors import (
     MedHiveError,
     NoSpace,
     NotAllowed,
+    Unavailable,
     Unreachable,
 )
 from medhive.terminal import Terminal
@@ -229,7 +230,7 @@ def outcome() -> JoinOutcome:
 
 
 def test_a_coordinator_that_is_not_up_is_waited_for(tmp_path: Path) -> None:
-    answers: list[MedHiveError | JoinOutcome] = [Unreachable("nobody"), behind_a_proxy(502), outcome()]
+    answers: list[MedHiveError | JoinOutcome] = [Unreachable("nobody"), Unavailable("502"), outcome()]
     said: list[str] = []
 
     def join(_settings: Settings, _token: str) -> JoinOutcome:
@@ -244,17 +245,17 @@ def test_a_coordinator_that_is_not_up_is_waited_for(tmp_path: Path) -> None:
     assert said == ["the coordinator is not up yet, waiting for it and trying again: nobody"]
 
 
-def behind_a_proxy(status: int) -> MedHiveError:
-    """What `introduce` raises when a proxy answers."""
+def no_coordinator() -> MedHiveError:
+    """What `introduce` raises when something else answers."""
     request = httpx.Request("GET", "https://a")
     error = InvalidInput("https://a does not answer as a MedHive coordinator; check the address.")
-    error.__cause__ = httpx.HTTPStatusError("no", request=request, response=httpx.Response(status, request=request))
+    error.__cause__ = httpx.HTTPStatusError("no", request=request, response=httpx.Response(404, request=request))
     return error
 
 
 def test_what_does_not_pass_by_itself_is_not_waited_for() -> None:
-    assert passes_by_itself(behind_a_proxy(503))
-    assert not passes_by_itself(behind_a_proxy(404))
+    assert passes_by_itself(Unavailable("503"))
+    assert not passes_by_itself(no_coordinator())
     assert not passes_by_itself(Expired("too late"))
 
 
@@ -266,7 +267,7 @@ def test_what_does_not_pass_by_itself_is_not_waited_for() -> None:
         (Conflict("used already"), InviteRefused, Exit.INVITE),
         (BadSignature("no"), InviteRefused, Exit.INVITE),
         (WrongAuthority("another"), WrongAuthority, Exit.AUTHORITY),
-        (behind_a_proxy(404), WrongAuthority, Exit.AUTHORITY),
+        (no_coordinator(), WrongAuthority, Exit.AUTHORITY),
         (AlreadyJoined("another's"), AlreadyJoined, Exit.NOT_WANTED),
         (NoSpace("full"), NoSpace, Exit.DISK_FULL),
         (ClockSkew("off"), ClockSkew, Exit.VERSIONS),

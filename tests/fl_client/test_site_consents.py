@@ -1,9 +1,12 @@
 """Consent at the hospital: by a person, by an own request, by a signed policy; and what never follows by itself."""
 
+import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from fl_client import consents, policy, requests
 from fl_client.consents import DataCheck, Permission
 from fl_client.site import Site, one_at_a_time
 from fl_client.trainer import Trainer
+from medhive.client import RemoteError
 from medhive.errors import BadSignature, Conflict, Expired, InvalidInput, MedHiveError, NotAllowed, NotFound
 from medhive.wire import API, RunAnswer
 
@@ -206,6 +210,96 @@ def test_an_answer_that_the_coordinator_refuses_is_not_kept(world: World, site: 
         consents.grant(site, run, person="Dr. North", check=CHECK)
     assert site.store.consent(run.id) is None
     assert site.store.outbox() == []
+
+
+@contextmanager
+def killed_before_the_outbox(site: Site) -> Iterator[None]:
+    """Within it nothing can be queued for the coordinator: a process that would be killed there is."""
+    with closing(sqlite3.connect(site.store.path, isolation_level=None)) as db:
+        db.execute("CREATE TRIGGER killed BEFORE INSERT ON outbox BEGIN SELECT RAISE(ABORT, 'killed'); END")
+        try:
+            with pytest.raises(sqlite3.IntegrityError, match="killed"):
+                yield
+        finally:
+            db.execute("DROP TRIGGER killed")
+
+
+def test_an_answer_is_never_kept_without_being_queued(site: Site, run: RunAnswer) -> None:
+    with killed_before_the_outbox(site):
+        consents.grant(site, run, person="Dr. North", check=CHECK)
+    assert site.store.consent(run.id) is None, "else nobody could answer again, and nobody would send it"
+    consents.grant(site, run, person="Dr. North", check=CHECK)
+    with killed_before_the_outbox(site):
+        consents.withdraw(site, run.id, person="Dr. North")
+    assert consents.withdraw(site, run.id, person="Dr. North").delivered
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Stands where the coordinator was, and answers in its place."""
+
+    status = 502
+
+    def do_GET(self) -> None:
+        page = b"<html><body>Log in to the hospital's network.</body></html>"
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
+
+
+@pytest.mark.parametrize("status", [200, 403, 502])
+def test_only_the_coordinators_no_is_a_refusal(world: World, site: Site, run: RunAnswer, status: int) -> None:
+    consents.grant(site, run, person="Dr. North", check=CHECK)
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Answering", (Proxy,), {"status": status})) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        with Site.open(site.settings.model_copy(update={"server_address": address})) as behind:
+            assert not consents.withdraw(behind, run.id, person="Dr. North").delivered
+        server.shutdown()
+    [(item, refused)] = consents.deliver(site)
+    assert (item.kind, refused) == ("consent", None)
+    assert {item.site: item.state for item in world.look(run.id).consents}["north"] == "withdrawn"
+
+
+def test_a_coordinator_in_trouble_gets_everything_later_and_in_order(
+    site: Site, run: RunAnswer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as trouble:
+        trouble.setattr(site.gateway, "post", raising(RemoteError("The server answered 500."), status=500))
+        assert not consents.grant(site, run, person="Dr. North", check=CHECK).delivered
+        assert not consents.withdraw(site, run.id, person="Dr. North").delivered
+        assert consents.deliver(site) == []
+    assert [refused for _item, refused in consents.deliver(site)] == [None, None]
+
+
+def raising(error: MedHiveError, **data: object) -> Callable[..., None]:
+    def work(*_: object) -> None:
+        error.data.update(data)
+        raise error
+
+    return work
+
+
+def test_a_refusal_is_heard_whoever_hears_it_first(
+    world: World, site: Site, run: RunAnswer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node delivers a withdrawal while the person who made it waits for the outbox."""
+    consents.grant(site, run, person="Dr. North", check=CHECK)
+    world.admin.post(f"{API}/runs/{run.id}/stop", {"reason": "test"})
+    outbox = consents._outbox
+
+    def overtaken(of: Site, patience_s: float) -> AbstractContextManager[bool]:
+        monkeypatch.setattr(consents, "_outbox", outbox)
+        [(_item, refused)] = consents.deliver(of)
+        assert isinstance(refused, Conflict)
+        return outbox(of, patience_s)
+
+    monkeypatch.setattr(consents, "_outbox", overtaken)
+    with pytest.raises(Conflict, match=r"over|cancelled"):
+        consents.withdraw(site, run.id, person="Dr. North")
 
 
 def test_an_own_unchanged_request_is_consented_to_by_itself(world: World, site: Site, south: Site) -> None:

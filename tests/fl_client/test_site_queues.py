@@ -3,8 +3,10 @@
 import contextlib
 import shutil
 import socket
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from site_world import World, later, running
 from stack import Stack
 
 from fl_client import policy, queues
-from fl_client.consents import DataCheck, check_data
+from fl_client.consents import DataCheck, check_data, deliver
 from fl_client.events import ConsentGiven, QueueConsentWanted
 from fl_client.gateway import BACK_TO_FIRST_S, Gateway
 from fl_client.identity import detour_since
@@ -155,6 +157,31 @@ def test_a_withdrawal_stops_the_training_and_takes_out_what_waits(
     assert states == {"withdrawn"}
     with pytest.raises(NotFound):
         queues.withdraw_queue(site, queue.id, person="Dr. North")
+
+
+def test_a_withdrawal_that_arrived_without_its_receipt_is_not_refused(
+    site: Site, check: DataCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, post = agreed(site, check), site.gateway.post
+
+    def heard_and_cut(path: str, body: object) -> None:
+        post(path, body)
+        raise Unreachable("cut")
+
+    with monkeypatch.context() as cut:
+        cut.setattr(site.gateway, "post", heard_and_cut)
+        assert not queues.withdraw_queue(site, queue.id, person="Dr. North")
+    assert [refused for _item, refused in deliver(site)] == [None]
+
+
+def test_a_withdrawal_is_never_kept_without_being_queued(site: Site, check: DataCheck) -> None:
+    queue = agreed(site, check)
+    with closing(sqlite3.connect(site.store.path, isolation_level=None)) as db:
+        db.execute("CREATE TRIGGER killed BEFORE INSERT ON outbox BEGIN SELECT RAISE(ABORT, 'killed'); END")
+        with pytest.raises(sqlite3.IntegrityError, match="killed"):
+            queues.withdraw_queue(site, queue.id, person="Dr. North")
+        db.execute("DROP TRIGGER killed")
+    assert queues.withdraw_queue(site, queue.id, person="Dr. North"), "else nobody could withdraw again"
 
 
 def signed(site: Site, **bounds: object) -> None:

@@ -101,6 +101,13 @@ def test_the_outbox_keeps_its_order(store: Store) -> None:
     assert [item.body["n"] for item in store.outbox()] == [2]
 
 
+def test_a_fact_is_changed_by_one_at_a_time(store: Store) -> None:
+    store.set_fact("count", 0)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _number: store.change_fact("count", lambda count: count + 1), range(40)))
+    assert store.fact("count") == 40
+
+
 def test_settings_come_from_short_or_long_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("mh2.a.b\n")

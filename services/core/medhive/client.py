@@ -123,7 +123,7 @@ def introduce(address: str, nonce: str = "") -> CoordinatorAnswer:
     another way.
 
     Raises:
-        Unreachable: nobody answers.
+        Unreachable: nobody answers, or a proxy whose gateway is away.
         InvalidInput: whoever answers is no MedHive coordinator.
     """
     try:
@@ -139,6 +139,8 @@ def introduce(address: str, nonce: str = "") -> CoordinatorAnswer:
 
 
 def _bounded_content(answer: httpx.Response) -> bytes:
+    if answer.status_code in PROXYS_OWN:
+        raise Unavailable(f"{answer.url.host} answers {answer.status_code}: the gateway behind it is away.")
     answer.raise_for_status()
     content, deadline = b"", time.monotonic() + INTRODUCTION_S
     for chunk in answer.iter_raw():  # as sent: a small piece may be packed from a very large one

@@ -10,15 +10,28 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
+import structlog
+
+from fl_client.gateway import SiteRevoked
 from fl_client.jobs import Job, JobKind
 from fl_client.policy import load_policy, objection
 from fl_client.site import Site, one_at_a_time
-from fl_client.store import ConsentRecord, GivenConsent, OutboxItem
+from fl_client.store import ConsentRecord, GivenConsent, OutboxItem, Statement
 from fl_client.trainer import Listener, Trainer
 from medhive.consent import MAX_VALIDITY, Consent, ConsentBody, check_consent
-from medhive.errors import Conflict, InvalidInput, MedHiveError, NotAllowed, NotFound, Unreachable
+from medhive.errors import (
+    ClockSkew,
+    Conflict,
+    IncompatibleVersion,
+    InvalidInput,
+    MedHiveError,
+    NotAllowed,
+    NotAuthenticated,
+    NotFound,
+    TooManyAttempts,
+    Unreachable,
+)
 from medhive.queues import QueueSpec
 from medhive.signing import sign
 from medhive.spec import RunSpec
@@ -27,10 +40,16 @@ from medhive.wire import Decision, RunAnswer
 
 # Long enough for the longest usual run, short enough that a forgotten consent ends by itself.
 DEFAULT_VALIDITY = timedelta(days=30)
-CONSENT, DECISION = "consent", "decision"
+CONSENT, QUEUE_CONSENT, DECISION = "consent", "queue-consent", "decision"
 # How long a person waits for the node's delivery to end. Longer than an exchange with a gateway that does not answer: who
 # holds the outbox for longer hangs, and delivers what is in it later or leaves it to the next look.
 OUTBOX_PATIENCE_S = 60.0
+# HTTP's classes of answers: from the one on it is the statement that is at fault, from the other on the one who answers.
+FIRST_REFUSAL, FIRST_TROUBLE = 400, 500
+# What the coordinator says about the exchange, and not about what was said in it.
+PASSING = (NotAuthenticated, ClockSkew, IncompatibleVersion, TooManyAttempts)
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -209,6 +228,8 @@ def valid_consent(site: Site, run_id: str, now: datetime) -> GivenConsent:
 def deliver(site: Site) -> list[tuple[OutboxItem, MedHiveError | None]]:
     """Send what the coordinator has not received yet; returns what it took (None) or refused (why).
 
+    What somebody else than the coordinator answered, or itself in trouble, is kept too.
+
     Raises:
         Unreachable: the coordinator does not answer; everything is kept.
     """
@@ -223,15 +244,27 @@ def _outbox(site: Site, patience_s: float) -> AbstractContextManager[bool]:
 
 
 def _deliver_all(site: Site) -> list[tuple[OutboxItem, MedHiveError | None]]:
-    return [(item, _deliver_one(site, item)) for item in site.store.outbox()]
+    """Send one after the other; raises as `deliver`."""
+    results = []
+    for item in site.store.outbox():
+        try:
+            results.append((item, _deliver_one(site, item)))
+        except Unreachable:
+            raise
+        except MedHiveError as error:
+            # Nobody's word on it. It waits, and what comes after it too: a withdrawal does not overtake its consent.
+            log.warning("outbox.kept", kind=item.kind, reason=error.code)
+            break
+    return results
 
 
 def _deliver_one(site: Site, item: OutboxItem) -> MedHiveError | None:
+    """Send a statement; the coordinator's refusal, if it has one. Raises why it could not be heard."""
     try:
         site.gateway.post(item.path, item.body)
-    except Unreachable:
-        raise
     except MedHiveError as error:
+        if not _is_refusal(error):
+            raise
         if _was_received(site, item):
             _settle(site, item)
             return None
@@ -243,6 +276,15 @@ def _deliver_one(site: Site, item: OutboxItem) -> MedHiveError | None:
     return None
 
 
+def _is_refusal(error: MedHiveError) -> bool:
+    """Whether the coordinator has said no.
+
+    Else it was not asked, is in trouble itself, or first wants something else put right: sent again, it may say yes.
+    """
+    answered = FIRST_REFUSAL <= error.data.get("status", 0) < FIRST_TROUBLE
+    return isinstance(error, SiteRevoked) or (answered and not isinstance(error, PASSING))
+
+
 def _settle(site: Site, item: OutboxItem) -> None:
     if item.kind == CONSENT and item.body["body"]["decision"] == "granted":
         site.store.set_consent_state(item.body["body"]["run_id"], "granted")
@@ -251,38 +293,43 @@ def _settle(site: Site, item: OutboxItem) -> None:
 
 def _was_received(site: Site, item: OutboxItem) -> bool:
     """Whether a refusal only means that an earlier try had arrived and its answer was lost."""
-    if item.kind != CONSENT:
+    if item.kind not in (CONSENT, QUEUE_CONSENT):
         return False
     consent = Consent.model_validate(item.body)
-    for answer in site.gateway.consents(consent.body.run_id):
-        if answer.site == site.name and answer.consent is not None:
-            return answer.consent.signature == consent.signature
-    return False
+    given = (
+        site.gateway.consents(consent.body.run_id)
+        if item.kind == CONSENT
+        else site.gateway.queue(item.path.split("/")[2]).consents
+    )
+    own = (answer.consent for answer in given if answer.site == site.name)
+    return any(kept is not None and kept.signature == consent.signature for kept in own)
 
 
 def _send(site: Site, signed: Consent, spec: RunSpec, state: ConsentRecord, given_by: str) -> Sent:
     run_id = signed.body.run_id
+    path = f"/runs/{run_id}/" + ("withdraw" if state == "withdrawn" else "consents")
+    statement = Statement(CONSENT, path, signed.model_dump(mode="json"))
     if state == "withdrawn":
         # Counts here at once, whoever holds the outbox.
-        site.store.set_consent_state(run_id, state)
-    path = f"/runs/{run_id}/" + ("withdraw" if state == "withdrawn" else "consents")
+        return Sent(bring(site, site.store.withdraw_consent(run_id, statement)), signed)
     with _outbox(site, OUTBOX_PATIENCE_S) as held:
-        if state != "withdrawn":
-            _require_unanswered(site, run_id)
-            site.store.keep_consent(signed, spec, state, given_by)
-        delivered = _post(site, CONSENT, path, signed.model_dump(mode="json"), at_once=held)
-    return Sent(delivered=delivered, consent=signed)
+        _require_unanswered(site, run_id)
+        number = site.store.keep_consent(signed, spec, state, given_by, statement)
+        return Sent(held and _bring(site, number), signed)
 
 
-def _post(site: Site, kind: str, path: str, body: dict[str, Any], *, at_once: bool) -> bool:
-    """Queue a statement and, in the caller's hold of the outbox, try to deliver it; False when nobody answers.
+def bring(site: Site, number: int) -> bool:
+    """Try to deliver what was queued under a number; False where the coordinator does not take it now: the node will.
 
     Raises:
         MedHiveError: the coordinator's refusal.
     """
-    number = site.store.post(kind, path, body)
-    if not at_once:
-        return False
+    with _outbox(site, OUTBOX_PATIENCE_S) as held:
+        return held and _bring(site, number)
+
+
+def _bring(site: Site, number: int) -> bool:
+    """The same in the caller's hold of the outbox."""
     try:
         results = _deliver_all(site)
     except Unreachable:
@@ -290,15 +337,17 @@ def _post(site: Site, kind: str, path: str, body: dict[str, Any], *, at_once: bo
     for item, error in results:
         if item.id == number and error is not None:
             raise error
-    return True
+    left = site.store.outbox_item(number)
+    if left is not None and left.refused is not None:  # while somebody else had the outbox
+        raise Conflict(left.refused)
+    return left is None
 
 
 def send_decision(site: Site, decision: Decision) -> bool:
-    """Queue a decision and try to deliver it; False when the coordinator does not answer."""
+    """Queue a decision and try to deliver it; False when the coordinator does not take it now. Raises its refusal."""
     body = decision.body
     path = f"/studies/{body.study}/versions/{body.version}/decisions"
-    with _outbox(site, OUTBOX_PATIENCE_S) as held:
-        return _post(site, DECISION, path, decision.model_dump(mode="json"), at_once=held)
+    return bring(site, site.store.post(DECISION, path, decision.model_dump(mode="json")))
 
 
 def consent_body(

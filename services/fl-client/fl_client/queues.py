@@ -13,16 +13,16 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fl_client.consents import DEFAULT_VALIDITY, DataCheck, check_data, consent_body
+from fl_client.consents import DEFAULT_VALIDITY, QUEUE_CONSENT, DataCheck, bring, check_data, consent_body
 from fl_client.jobs import Job, JobKind, Plan
 from fl_client.policy import PolicyBody, load_policy, objection
 from fl_client.site import Site
-from fl_client.store import KnownVersion
+from fl_client.store import KnownVersion, Statement
 from fl_client.trainer import Listener, Trainer
 from fl_client.updates import VersionGone, fetch_version
 from medhive.client import Progress
 from medhive.consent import MAX_VALIDITY, Consent, ConsentBody
-from medhive.errors import Conflict, InvalidInput, NotAllowed, NotFound, Unreachable
+from medhive.errors import Conflict, InvalidInput, NotAllowed, NotFound
 from medhive.queues import (
     MAX_METRICS,
     QueueAnswer,
@@ -39,7 +39,6 @@ from medhive.states import ConsentState, VersionState
 
 DEFAULT_CONTRIBUTIONS = 100  # a contribution a week for two years; more is a new signature
 LOOK_S = 0.5  # how soon a withdrawal stops a training
-CONSENT_KIND = "queue-consent"
 
 
 class OtherInitialWeights(Conflict):
@@ -168,17 +167,12 @@ def withdraw_queue(site: Site, queue_id: str, *, person: str, reason: str = "") 
             break
     else:
         raise NotFound(f"This hospital has given no consent to {queue_id}.", queue=queue_id)
-    site.store.set_fact(key, {**kept, "state": "withdrawn"})
     spec = QueueSpec.model_validate(kept["spec"])
-    body = consent_body(site, queue_id, spec, "withdrawn", person, reason=reason)
-    signed = sign(body, site.consent_key)
+    signed = sign(consent_body(site, queue_id, spec, "withdrawn", person, reason=reason), site.consent_key)
     path = f"/studies/{spec.study}/queue/consents"
-    try:
-        site.gateway.post(path, signed)
-    except Unreachable:
-        site.store.post(CONSENT_KIND, path, signed.model_dump(mode="json"))
-        return False
-    return True
+    statement = Statement(QUEUE_CONSENT, path, signed.model_dump(mode="json"))
+    number = site.store.change_fact(key, lambda consent: {**consent, "state": "withdrawn"}, statement)
+    return bring(site, number)
 
 
 def _keys(site: Site) -> list[str]:
@@ -320,8 +314,7 @@ class QueueClient:
         file = site.settings.state_dir / kept["file"]
         site.gateway.send_contribution(contribution, file, on_progress)
         answer = self._acknowledged(contribution)
-        consent = site.store.fact(_key(self.study))
-        site.store.set_fact(_key(self.study), {**consent, "made": consent["made"] + 1})
+        site.store.change_fact(_key(self.study), lambda consent: {**consent, "made": consent["made"] + 1})
         site.store.set_fact(self._update_key, None)
         file.unlink(missing_ok=True)
         return answer

@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -179,6 +179,15 @@ class SeenHead:
 
 
 @dataclass(frozen=True)
+class Statement:
+    """Something signed that the coordinator shall hear, by the path that it is posted to."""
+
+    kind: str
+    path: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class OutboxItem:
     """A signed statement that the coordinator has not received yet; `refused` is its answer when it will not take it."""
 
@@ -274,6 +283,23 @@ class Store:
             else:
                 db.execute("REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
+    def change_fact(self, name: str, change: Callable[[Any], Any], statement: Statement | None = None) -> int:
+        """Replace the value under a name by what is made of it, with nobody else's change in between.
+
+        Args:
+            name: of the fact.
+            change: gets the JSON value, or None.
+            statement: queued for the coordinator with the change: both are kept, or neither.
+
+        Returns:
+            The statement's number in the outbox, 0 without one.
+        """
+        with self._transaction() as db:
+            row = db.execute("SELECT value FROM facts WHERE name=?", (name,)).fetchone()
+            changed = change(json.loads(row["value"]) if row else None)
+            db.execute("REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(changed)))
+            return _queue(db, statement) if statement is not None else 0
+
     # ---- studies -------------------------------------------------------------------------------------------------
 
     def study(self, study: str) -> StudySettings:
@@ -309,8 +335,14 @@ class Store:
             rows = db.execute("SELECT * FROM consents ORDER BY created_at DESC").fetchall()
         return [_consent_of(row) for row in rows]
 
-    def keep_consent(self, signed: Consent, spec: RunSpec, state: ConsentRecord, given_by: str) -> None:
-        """Keep an own answer, replacing an earlier one for the same run."""
+    def keep_consent(
+        self, signed: Consent, spec: RunSpec, state: ConsentRecord, given_by: str, statement: Statement
+    ) -> int:
+        """Keep an own answer, replacing an earlier one for the same run, and queue it for the coordinator: both or neither.
+
+        Returns:
+            Its number in the outbox.
+        """
         body = signed.body
         values = (
             body.run_id,
@@ -323,6 +355,17 @@ class Store:
         )
         with self._transaction() as db:
             db.execute("REPLACE INTO consents VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            return _queue(db, statement)
+
+    def withdraw_consent(self, run_id: str, statement: Statement) -> int:
+        """Write down that a consent is withdrawn and queue the withdrawal for the coordinator: both or neither.
+
+        Returns:
+            Its number in the outbox.
+        """
+        with self._transaction() as db:
+            db.execute("UPDATE consents SET state='withdrawn' WHERE run_id=?", (run_id,))
+            return _queue(db, statement)
 
     def forget_consent(self, run_id: str) -> None:
         """Drop an answer that the coordinator refused to take."""
@@ -550,11 +593,13 @@ class Store:
     def post(self, kind: str, path: str, body: dict[str, Any]) -> int:
         """Queue a statement for the coordinator; returns its number."""
         with self._transaction() as db:
-            cursor = db.execute(
-                "INSERT INTO outbox (kind, path, body, created_at) VALUES (?, ?, ?, ?)",
-                (kind, path, json.dumps(body), _now()),
-            )
-        return int(cursor.lastrowid or 0)
+            return _queue(db, Statement(kind, path, body))
+
+    def outbox_item(self, item_id: int) -> OutboxItem | None:
+        """A statement that the coordinator has not taken: it waits, or was refused."""
+        with self._reading() as db:
+            row = db.execute("SELECT * FROM outbox WHERE id=?", (item_id,)).fetchone()
+        return _outbox_of(row) if row else None
 
     def outbox(self) -> list[OutboxItem]:
         """What the coordinator has neither taken nor refused, oldest first."""
@@ -571,6 +616,14 @@ class Store:
         """The coordinator will not take it; kept for the people here."""
         with self._transaction() as db:
             db.execute("UPDATE outbox SET refused=? WHERE id=?", (why, item_id))
+
+
+def _queue(db: sqlite3.Connection, statement: Statement) -> int:
+    cursor = db.execute(
+        "INSERT INTO outbox (kind, path, body, created_at) VALUES (?, ?, ?, ?)",
+        (statement.kind, statement.path, json.dumps(statement.body), _now()),
+    )
+    return int(cursor.lastrowid or 0)
 
 
 def _now() -> str:

@@ -37,6 +37,7 @@ from medhive.errors import (
     MedHiveError,
     NotAllowed,
     NotFound,
+    TooManyAttempts,
     Unreachable,
 )
 from medhive.leftovers import remove_leftovers
@@ -45,9 +46,6 @@ from medhive.terminal import Terminal
 
 RETRY_S: Final = 5.0
 """Between two tries to join: soon enough for a person who watches, and twelve requests a minute to a coordinator."""
-
-PASSING: Final = frozenset({httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT})
-"""What a proxy answers whose gateway is not up yet."""
 
 EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - of the container, whose ports nobody reaches until one is published
 COORDINATOR: Final = "coordinator"
@@ -241,8 +239,7 @@ def passes_by_itself(error: MedHiveError) -> bool:
     """Whether waiting can help: nobody answers, or only a proxy does whose gateway is still to come."""
     if isinstance(error, Unreachable):
         return certificate_problem(error) is None
-    statuses = (each.response.status_code for each in _causes(error) if isinstance(each, httpx.HTTPStatusError))
-    return error.code == "too-many-attempts" or any(status in PASSING for status in statuses)
+    return isinstance(error, TooManyAttempts)
 
 
 def certificate_problem(error: BaseException) -> str | None:
