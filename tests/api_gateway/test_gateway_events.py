@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gateway_world import GatewayProcess, Hospital, World, running_gateway
 from prometheus_client.parser import text_string_to_metric_families
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from medhive.chain import ZERO_HASH, BrokenChain, event_hash, verify_chain
 from medhive.errors import BadSignature
@@ -92,10 +92,10 @@ def test_the_stream_tells_what_any_gateway_appends(world: World, second: Gateway
 
     thread = threading.Thread(target=listen)
     thread.start()
-    connected.wait(10)
+    assert connected.wait(DEADLINE_S)
     stranger = world.study()  # not this hospital's business
     run = world.asked(study)
-    thread.join(20)
+    thread.join(DEADLINE_S)
     assert not thread.is_alive()
     assert [row["kind"] for row in heard] == ["request.sent", "request.approved", "run.created"]
     assert all(row["study"] == study != stranger for row in heard)
@@ -120,7 +120,7 @@ def test_a_stream_ends_with_its_callers_rights(world: World) -> None:
     thread.start()
     until(lambda: "medhive_event_streams 1.0" in _metrics(world) or None, "the stream")
     world.admin.post(f"{API}/sites/{hospital.site}/revoke", {"reason": ""})
-    assert ended.wait(20)
+    assert ended.wait(DEADLINE_S)
     thread.join()
 
 
@@ -199,7 +199,7 @@ def _rows_around_the_gap(world: World) -> list[EventAnswer]:
 
 
 def _tamper(path: Path, change: str) -> None:
-    database = sqlite3.connect(path, isolation_level=None)
+    database = sqlite3.connect(path, isolation_level=None, timeout=60)
     if change == "removed":
         database.execute("DELETE FROM events WHERE number = 3")
     else:

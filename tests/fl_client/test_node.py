@@ -121,6 +121,11 @@ def scene(world: World, site: Site, trainer: Trainer, base: Path) -> Scene:
     return Scene(world, site, trainer, base)
 
 
+def signal_trainer(trainer: Trainer, number: signal.Signals) -> None:
+    assert trainer.process_id, "there is no child"
+    os.kill(trainer.process_id, number)
+
+
 def size_of(file: Path) -> int:
     return file.stat().st_size
 
@@ -474,7 +479,7 @@ def test_a_withdrawal_stops_the_training(scene: Scene) -> None:
         message = node.send(scene.train(run, digest))
         node.wait(EpochDone)
         consents.withdraw(site, run.id, person="Dr. North", reason="stop it")
-        body = node.answer(message, 15).body
+        body = node.answer(message).body
         assert (body.outcome, body.reason_code) == ("refused", "not-allowed")
         epochs = len(node.all(EpochDone))
         assert node.ask(scene.train(run, digest)).outcome == "refused"
@@ -490,7 +495,7 @@ def test_a_stopped_run_stops_the_training(scene: Scene) -> None:
         message = node.send(scene.train(run, digest))
         node.wait(EpochDone)
         world.end(run, lease, None, "cancelled", reason="stopped by an admin")
-        assert node.answer(message, 20).body.outcome == "refused"
+        assert node.answer(message).body.outcome == "refused"
         finished = node.wait(RunFinished)
         assert (finished.run_id, finished.state) == (run.id, "cancelled")
 
@@ -507,7 +512,7 @@ def test_a_killed_trainer_is_answered_and_the_next_round_works(scene: Scene) -> 
         message = node.send(scene.train(run, digest))
         for deaths in (1, 2):
             node.wait(RoundStarted, count=deaths)
-            os.kill(trainer.process_id or 0, signal.SIGKILL)
+            signal_trainer(trainer, signal.SIGKILL)
         body = node.answer(message).body
         assert (body.outcome, body.reason_code) == ("failed", "out-of-memory")
         assert node.wait(RoundFailed).code == "out-of-memory"
@@ -526,8 +531,13 @@ def test_activity_is_reported_while_it_lasts(scene: Scene) -> None:
 
     with scene.node() as node:
         message = node.send(scene.train(run, digest))
-        wait_for(lambda: Activity.TRAINING in activities(), "training being seen")
-        [seen] = world.look(run.id).activity
+        node.wait(RoundStarted)
+        signal_trainer(scene.trainer, signal.SIGSTOP)  # else it may be over before it is seen
+        try:
+            wait_for(lambda: Activity.TRAINING in activities(), "training being seen")
+            [seen] = world.look(run.id).activity
+        finally:
+            signal_trainer(scene.trainer, signal.SIGCONT)
         assert seen.started_at is not None
         node.answer(message)
         wait_for(lambda: activities() == [Activity.DONE], "done being seen")

@@ -82,6 +82,12 @@ def starts(ticket_events: list[JobEvent]) -> int:
     return sum(isinstance(event, Started) for event in ticket_events)
 
 
+def kill(trainer: Trainer) -> None:
+    """kill -9 the child."""
+    assert trainer.process_id, "there is none"
+    os.kill(trainer.process_id, signal.SIGKILL)
+
+
 def wait_for(condition: object, deadline_s: float = DEADLINE_S) -> None:
     until = time.monotonic() + deadline_s
     while not condition():  # type: ignore[operator]
@@ -111,7 +117,7 @@ def test_the_same_plan_gives_the_same_bits_alone_and_in_company(
 
 def test_a_short_run_is_not_held_up_by_a_long_one(trainer: Trainer, images: Source, tmp_path: Path) -> None:
     make_base(trainer, images, tmp_path)
-    long = trainer.submit(training(images, tmp_path, "long", epochs=100))
+    long = trainer.submit(training(images, tmp_path, "long", epochs=10_000))
     short = trainer.submit(training(images, tmp_path, "short", epochs=1))
     assert short.wait(DEADLINE_S)
     assert long.outcome is None
@@ -133,9 +139,13 @@ def test_a_killed_childs_job_begins_anew_with_the_same_result(trainer: Trainer, 
     make_base(trainer, images, tmp_path)
     unbroken = trainer.run(training(images, tmp_path, "one", epochs=4))["digest"]
     events: list[JobEvent] = []
-    ticket = trainer.submit(training(images, tmp_path, "two", epochs=4), events.append)
-    wait_for(lambda: starts(events) == 1)
-    os.kill(trainer.process_id or 0, signal.SIGKILL)
+
+    def kill_the_first(event: JobEvent) -> None:
+        events.append(event)
+        if isinstance(event, Started) and starts(events) == 1:
+            kill(trainer)  # here and now: a training of four epochs is soon over
+
+    ticket = trainer.submit(training(images, tmp_path, "two", epochs=4), kill_the_first)
     assert ticket.result()["digest"] == unbroken
     assert starts(events) == 2
 
@@ -148,7 +158,7 @@ def test_a_job_that_kills_two_children_is_out_of_memory_and_the_next_one_works(
     ticket = trainer.submit(training(images, tmp_path, "big", epochs=100), events.append)
     for deaths in (1, 2):
         wait_for(lambda count=deaths: starts(events) == count)
-        os.kill(trainer.process_id or 0, signal.SIGKILL)
+        kill(trainer)
     with pytest.raises(JobFailed) as caught:
         ticket.result()
     assert caught.value.cause_code == "out-of-memory"
@@ -160,7 +170,7 @@ def test_when_a_child_with_two_runs_dies_both_are_tried_again(trainer: Trainer, 
     events: list[JobEvent] = []
     tickets = [trainer.submit(training(images, tmp_path, name, epochs=4), events.append) for name in ("left", "right")]
     wait_for(lambda: sum(isinstance(event, Started) for event in events) == 2)
-    os.kill(trainer.process_id or 0, signal.SIGKILL)
+    kill(trainer)
     assert len({ticket.result()["digest"] for ticket in tickets}) == 1
 
 
@@ -429,7 +439,7 @@ def test_the_child_dies_with_a_killed_parent(tmp_path: Path, images: Source) -> 
         assert alive(child)
         assert os.getpriority(os.PRIO_PROCESS, child) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
         parent.kill()
-    wait_for(lambda: not alive(child), 5)
+    wait_for(lambda: not alive(child))
 
 
 def alive(process: int | None) -> bool:

@@ -144,7 +144,7 @@ def running(site: Site, fleet: Loopback | None = None, trainer: Trainer | None =
         yield run
     finally:
         node.stop()
-        thread.join(30)
+        thread.join(DEADLINE_S)
         assert not thread.is_alive()
 
 
