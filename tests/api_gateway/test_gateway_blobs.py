@@ -3,11 +3,13 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import httpx
 import pytest
 from gateway_world import Hospital, World, running_gateway
+from waiting import until
 
 from api_gateway.blobstore import MAX_BLOB_BYTES, MAX_PART_BYTES, BlobStore, Part
 from medhive.errors import Conflict, DigestMismatch, InvalidInput, NoSpace, NotFound, TooLarge
@@ -67,6 +69,28 @@ def test_parts_are_resumed_where_they_stopped(store: Store) -> None:
     piece = store.hospital.http.get(path, headers={"Range": "bytes=2990-"})
     assert piece.status_code == 206 and piece.content == data[2990:]
     assert store.hospital.http.get(path, headers={"Range": "bytes=9999-"}).status_code == 416
+
+
+def test_what_is_still_being_checked_is_not_there_yet(store: Store, tmp_path: Path) -> None:
+    """A line breaks after the last part: the sender hears of success only when the bytes are a blob."""
+    data, digest = content(3000, store.study + "checked")
+    path, hospital = store.path(digest), store.hospital
+    file = tmp_path / "update"
+    file.write_bytes(data)
+
+    def send() -> int:
+        hospital.client.upload(API + path, file)
+        return hospital.http.get(path).status_code
+
+    with ThreadPoolExecutor() as pool:
+        # What an earlier connection waits for while it has all bytes.
+        with BlobStore(store.world.gateway.state_dir / "blobs").digest_lock(digest):
+            earlier = pool.submit(put, hospital, path, data, 0, 3000)
+            until(lambda: hospital.http.head(path).headers["Upload-Offset"] == "3000", "all bytes are there")
+            sending = pool.submit(send)
+            wait({sending}, timeout=0.5)
+        assert sending.result() == 200
+        assert earlier.result().status_code == 201
 
 
 def test_nobody_learns_of_anothers_blob(store: Store) -> None:

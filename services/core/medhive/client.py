@@ -54,6 +54,8 @@ AS_IT_IS: Final = {"Accept-Encoding": "identity"}
 BUSY: Final = "upload-busy"
 """The cause in a refusal of a part while an earlier connection of the same upload is not given up yet."""
 TRIES: Final = 5  # of one part of a transfer, before the caller hears of it
+PLACED_WITHIN_S: Final = 300.0  # all bytes are there, and are checked beside others': what a proxy waits for that too
+ASK_AGAIN_S: Final = 0.5
 # What a proxy answers by itself, without a problem document, while the gateway behind it restarts.
 PROXYS_OWN: Final = (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT)
 
@@ -341,13 +343,16 @@ class GatewayClient:
 
         The store is asked first (HEAD: `Upload-Offset`, or 200 when it has the whole), then gets parts with
         `Content-Range`; with `sealing` each part is sealed for the coordinator by itself. `headers` go with each exchange.
+
+        Raises:
+            Conflict: all bytes are there, but the store does not get done with an earlier connection that brought them.
         """
         size = source.stat().st_size
         sent = 0
         failures = 0
         own = dict(headers or {})
         asking = own | ({SEAL_HEADER: WANTED} if sealing else {})
-        offset = self._upload_offset(path, size, asking)
+        offset = self._upload_offset(path, size, asking, on_progress)
         with source.open("rb") as file:
             while offset < size:
                 file.seek(offset)
@@ -358,7 +363,7 @@ class GatewayClient:
                     failures += 1
                     if failures >= TRIES or not _may_go_on(error):
                         raise
-                    offset = self._upload_offset(path, size, asking)
+                    offset = self._upload_offset(path, size, asking, on_progress)
                     continue
                 sent += stop - offset
                 offset = stop
@@ -366,14 +371,31 @@ class GatewayClient:
                     on_progress(offset, size)
         return sent
 
-    def _upload_offset(self, path: str, size: int, headers: dict[str, str]) -> int:
+    def _upload_offset(self, path: str, size: int, headers: dict[str, str], on_progress: Progress | None) -> int:
+        """Where the upload goes on; `size` only when the store has it in its place.
+
+        Bytes that have all arrived are not there yet: an earlier connection still has them checked, and may be refused.
+        """
+        deadline = time.monotonic() + PLACED_WITHIN_S
+        while (offset := self._ask_offset(path, headers)) is not None:
+            if offset < size:
+                return offset
+            if time.monotonic() > deadline:
+                raise Conflict(f"{self.address} is still checking these bytes; try again in some minutes.", cause=BUSY)
+            if on_progress:
+                on_progress(size, size)
+            time.sleep(ASK_AGAIN_S)
+        return size
+
+    def _ask_offset(self, path: str, headers: dict[str, str]) -> int | None:
+        """How many bytes have arrived of what is not there; None when it is there."""
         with self._translated():
             answer = self._http.head(path, headers=headers)
         if answer.status_code == httpx.codes.NOT_FOUND:
             return int(answer.headers.get("Upload-Offset", 0))
         if answer.is_error:
             _raise_problem(answer)
-        return size
+        return None
 
     def _send_part(  # noqa: PLR0917
         self,
