@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from gateway_world import GatewayProcess, World, running_gateway
+from prometheus_client import generate_latest
 from public_address import PublicCa
 from waiting import until
 
+from api_gateway.__main__ import build
 from api_gateway.admin.audit import (
     check_log,
     fetch_coordinator_key,
@@ -21,10 +23,13 @@ from api_gateway.admin.audit import (
     fetch_rows,
     fetch_site_keys,
 )
+from api_gateway.monitoring import registry_of
+from api_gateway.renewal import Renewal
+from api_gateway.settings import Settings
 from medhive.client import GatewayClient, introduce
 from medhive.introduction import Introduced, introduced, new_nonce
-from medhive.signing import VerifyKey, sign
-from medhive.wire import API, CountersignBody, Head
+from medhive.signing import SigningKey, VerifyKey, sign
+from medhive.wire import API, AddressTrust, CountersignBody, Head
 
 LIFE_S = 9.0  # renewed in its last third, which a busy machine must not sleep through
 DAYS = LIFE_S / 86400
@@ -97,6 +102,27 @@ def test_the_end_of_an_own_certificate_is_announced_once(tmp_path: Path) -> None
                 'medhive_certificate_expiry_timestamp_seconds{certificate="own"}' in client._http.get("/metrics").text
             )
         world.close()
+
+
+def test_an_own_certificate_that_cannot_be_read_holds_up_nothing_else(tmp_path: Path) -> None:
+    """Its renewed file may have been laid down for another user; key, hand-outs and figures go on."""
+    handout = tmp_path / "handouts" / "fl-server"
+    handout.mkdir(parents=True)
+    own = PublicCa(tmp_path / "public", days=90).certificate
+    gateway, _ = build(Settings(state_dir=tmp_path / "state", own_cert_file=own, handout_dir=handout.parent))
+    figures = registry_of(gateway, lambda: "ok")
+    try:
+        assert b'{certificate="own"}' in generate_latest(figures)
+        own.unlink()
+        former = gateway.key.public.key_id
+        Renewal(gateway).renew_key()
+        assert gateway.key.public.key_id != former
+        assert SigningKey.load(handout / "coordinator.key").public.key_id == gateway.key.public.key_id
+        assert gateway.state.address_trust is AddressTrust.PUBLIC
+        page = generate_latest(figures)
+        assert b'{certificate="ca"}' in page and b'{certificate="own"}' not in page
+    finally:
+        gateway.database.close()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])

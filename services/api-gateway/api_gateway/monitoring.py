@@ -3,6 +3,7 @@
 A scrape comes every few seconds for years, so it costs a handful of counting queries and reads no report.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
@@ -16,6 +17,7 @@ from api_gateway import blobs, events, runs
 from api_gateway.models import Round, Run, Site, TrainingRequest, Version
 from api_gateway.state import LEAVES, own_certificate
 from api_gateway.work import Caller, Gateway, Work
+from medhive.errors import InvalidInput
 from medhive.monitoring import new_registry
 from medhive.spec import RunSpec
 from medhive.states import RequestState, Role, RoundState, RunState, SiteState
@@ -177,9 +179,11 @@ def _certificates(gateway: Gateway) -> Metric:
     for leaf in LEAVES:
         # Read each time: what is renewed lies there anew.
         ends.add_metric([leaf], _end_of((gateway.state.folder / "tls" / f"{leaf}.crt").read_bytes()).timestamp())
-    own = own_certificate(gateway.settings)
-    if own is not None:
-        ends.add_metric(["own"], own.not_valid_after_utc.timestamp())
+    # An operator is just replacing it, or has laid down what cannot be read: all other figures are shown as always.
+    with contextlib.suppress(InvalidInput):
+        own = own_certificate(gateway.settings)
+        if own is not None:
+            ends.add_metric(["own"], own.not_valid_after_utc.timestamp())
     return ends
 
 

@@ -110,7 +110,7 @@ class Renewal:
 
     def _read_anew(self, folder: Path) -> State:
         gateway = self._gateway
-        state = open_state(gateway.settings, folder)
+        state = open_state(gateway.settings, folder, gateway.state)
         if gateway.settings.handout_dir:
             hand_out(folder, gateway.settings.handout_dir)
         self._made += state.made

@@ -143,8 +143,14 @@ def locked(settings: Settings) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def open_state(settings: Settings, folder: Path) -> State:
-    """Load the folder's content, making whatever is missing; call under `locked`."""
+def open_state(settings: Settings, folder: Path, former: State | None = None) -> State:
+    """Load the folder's content, making whatever is missing; call under `locked`.
+
+    While an own certificate cannot be read, `former` says whether hospitals trust public roots for it; nothing else waits.
+
+    Raises:
+        InvalidInput: a file cannot be read, an own certificate without a former state among them.
+    """
     tls = folder / "tls"
     tls.mkdir(mode=0o700, exist_ok=True)
     (folder / "blobs").mkdir(mode=0o700, exist_ok=True)
@@ -169,7 +175,7 @@ def open_state(settings: Settings, folder: Path) -> State:
         hashlib.sha256(token.encode()).hexdigest(),
         SealingKey.load_or_make(folder / "secrets" / "sealing.key"),
         successions=successions,
-        address_trust=_address_trust(settings, authority),
+        address_trust=_address_trust(settings, authority, former),
         tunnel=tunnel,
         read=read_keys(folder),
         made=tuple(made),
@@ -191,8 +197,13 @@ def read_keys(folder: Path) -> tuple[bytes, bytes]:
     return bundle.read_bytes() if bundle.exists() else b"", signing_key.reading(folder / "secrets")
 
 
-def _address_trust(settings: Settings, authority: Authority) -> AddressTrust:
-    own = own_certificate(settings)
+def _address_trust(settings: Settings, authority: Authority, former: State | None) -> AddressTrust:
+    try:
+        own = own_certificate(settings)
+    except InvalidInput:
+        if former is None:
+            raise
+        return former.address_trust
     return AddressTrust.PINNED if own is None or authority.issued(own) else AddressTrust.PUBLIC
 
 
