@@ -12,7 +12,7 @@ from fl_server.dispatcher import MAX_DEATHS, Dispatcher
 from fl_server.flower import FlowerRun, RunPhase, SuperLink
 from fl_server.nodes import NodeRegistry
 from medhive.client import GatewayClient
-from medhive.errors import Conflict, Unreachable
+from medhive.errors import Conflict, NotFound, Unreachable
 from medhive.states import RunState
 from medhive.wire import RunAnswer
 
@@ -24,10 +24,15 @@ class Links:
     started: list[dict[str, Any]] = field(default_factory=list)
     phases: dict[int, RunPhase] = field(default_factory=dict)
     stopped: list[int] = field(default_factory=list)
+    deaf: int = 0
+    """So many starts are done without their answer's coming through."""
 
     def start_run(self, config: dict[str, Any]) -> int:
         self.started.append(config)
         self.phases[len(self.started)] = RunPhase.RUNNING
+        if self.deaf:
+            self.deaf -= 1
+            raise Unreachable("The SuperLink does not answer.")
         return len(self.started)
 
     def runs(self) -> dict[int, FlowerRun]:
@@ -49,8 +54,18 @@ class Desk:
     fence: int = 1
     ended: list[Any] = field(default_factory=list)
     beats: int = 0
+    lapsed: bool = False
+    """The lease, while the gateway was away: whoever asks first for work has the run."""
+
+    def get(self, path: str) -> Any:
+        if not path.endswith(f"/{self.run.id}"):
+            raise NotFound("There is no such run.")
+        return self.run.model_dump(mode="json")
 
     def post(self, path: str, body: Any) -> Any:
+        if path.endswith("/lease") and self.lapsed:
+            self.lapsed, self.fence = False, self.fence + 1
+            return {"run_id": self.run.id, "fence": self.fence, "expires_at": "2026-11-01T09:00:00Z"}
         if path.endswith("/lease"):
             return self.leases.pop(0) if self.leases else None
         if body.fence != self.fence:
@@ -59,6 +74,7 @@ class Desk:
             self.ended.append(body)
             self.run = self.run.model_copy(update={"state": RunState(body.state)})
         self.beats += path.endswith("/heartbeat")
+        self.lapsed = False
         return self.run.model_dump(mode="json")
 
 
@@ -115,6 +131,8 @@ def test_a_process_that_died_is_started_again_and_progress_is_remembered(scene: 
 
 
 def test_a_run_whose_process_always_dies_fails_with_the_reason(scene: Scene) -> None:
+    folder = scene.folder / "runs" / "RUN_1"
+    folder.mkdir(parents=True)
     dispatcher = scene.dispatcher()
     for number in range(1, MAX_DEATHS + 1):
         scene.pass_time(dispatcher, 60, starts=number)
@@ -124,6 +142,7 @@ def test_a_run_whose_process_always_dies_fails_with_the_reason(scene: Scene) -> 
     assert [end.state for end in scene.desk.ended] == ["failed"]
     assert "It broke." in scene.desk.ended[0].reason
     assert dispatcher.held == ()
+    assert not folder.exists()
 
 
 def test_a_lost_lease_is_let_go_and_its_process_ended(scene: Scene) -> None:
@@ -134,6 +153,46 @@ def test_a_lost_lease_is_let_go_and_its_process_ended(scene: Scene) -> None:
     assert dispatcher.held == ()
     assert scene.links.stopped == [1]
     assert json.loads((scene.folder / "leases.json").read_text()) == {}
+
+
+def test_a_start_whose_answer_was_lost_leaves_the_run_with_one_process(scene: Scene) -> None:
+    dispatcher = scene.dispatcher()
+    scene.links.deaf = 1
+    with pytest.raises(Unreachable):
+        dispatcher.step()
+    scene.pass_time(dispatcher, 5)
+    assert (len(scene.links.started), scene.links.stopped) == (1, [])
+    assert dispatcher.held[0].flower_run == 1
+
+
+def test_of_two_processes_of_a_run_one_is_ended(scene: Scene) -> None:
+    dispatcher = scene.dispatcher()
+    scene.pass_time(dispatcher, 2)
+    scene.links.start_run({"medhive-run": "RUN_1", "medhive-fence": 1})  # an earlier start that took its time
+    scene.pass_time(dispatcher, 2)
+    assert scene.links.stopped == [2]
+    assert dispatcher.held[0].flower_run == 1
+
+
+def test_a_lease_that_lapsed_while_the_gateway_was_away_is_kept_where_nobody_took_it(scene: Scene) -> None:
+    dispatcher = scene.dispatcher()
+    scene.pass_time(dispatcher, 2)
+    scene.clock.seconds += 60.0
+    scene.desk.lapsed = True
+    scene.pass_time(dispatcher, 20)
+    assert [(held.fence, held.flower_run) for held in dispatcher.held] == [(1, 1)]
+    assert (len(scene.links.started), scene.links.stopped) == (1, [])
+
+
+def test_folders_of_runs_that_ended_elsewhere_are_deleted(scene: Scene) -> None:
+    for name in ("RUN_1", "RUN_2"):
+        (scene.folder / "runs" / name).mkdir(parents=True)
+    dispatcher = scene.dispatcher()
+    dispatcher.remove_ended()
+    assert {path.name for path in (scene.folder / "runs").iterdir()} == {"RUN_1"}
+    scene.desk.run = scene.desk.run.model_copy(update={"state": RunState.FAILED})
+    dispatcher.remove_ended()
+    assert not list((scene.folder / "runs").iterdir())
 
 
 def test_a_run_that_is_over_is_forgotten_with_its_folder(scene: Scene) -> None:

@@ -165,7 +165,7 @@ class Server:
 
     def _dispatch(self, nodes: NodeRegistry, dispatcher: Dispatcher) -> None:
         """Pass after pass until stopped."""
-        pending = [dispatcher.stop_stale, lambda: self._say("ready")]
+        pending = [dispatcher.stop_stale, dispatcher.remove_ended, lambda: self._say("ready")]
         while not self._stopped.is_set():
             if self._superexec_died.is_set():
                 self._superexec_died.clear()

@@ -18,7 +18,7 @@ from fl_server.checkpoint import write_durably
 from fl_server.flower import FlowerRun, FlowerRunNotFound, SuperLink
 from fl_server.gateway import LeaseLost, RunOver, lease_loss_named
 from medhive.client import GatewayClient
-from medhive.errors import NotFound
+from medhive.errors import InvalidInput, NotFound
 from medhive.states import FINAL_RUN_STATES
 from medhive.wire import API, Fenced, Lease, LeaseRequest, RunAnswer, RunEnd
 
@@ -116,12 +116,36 @@ class Dispatcher:
                 self._stop(held.flower_run)
                 held.flower_run = None
 
+    def remove_ended(self) -> None:
+        """Delete the folders of runs that ended without us: at another aggregator, or before an older backup was restored.
+
+        Raises:
+            Unreachable: the gateway does not answer.
+        """
+        for folder in self._runs_dir.glob("RUN_*"):
+            if folder.name not in self._held and self._is_over(folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _is_over(self, run_id: str) -> bool:
+        try:
+            run = RunAnswer.model_validate(self._gateway.get(f"{API}/runs/{run_id}"))
+        except NotFound:
+            return True
+        except InvalidInput:  # no run has this name
+            return False
+        return run.state in FINAL_RUN_STATES
+
     def step(self) -> None:
         """One pass.
 
         Raises:
             Unreachable: gateway or SuperLink do not answer; the next pass goes on.
         """
+        # Before more work is asked for: a lease that lapsed while the gateway was away would come back as a new one, with
+        # which the run's own process, still at work, has nothing to do.
+        for held in self.held:
+            if self._monotonic() >= held.beat_at:
+                self._beat(held)
         self._take_leases()
         runs = self._superlink.runs() if self._held or self._ending else {}
         self._end_stragglers(runs)
@@ -164,19 +188,32 @@ class Dispatcher:
 
     def _attend(self, held: Held, runs: dict[int, FlowerRun]) -> None:
         now = self._monotonic()
+        self._find_process(held, runs)
         process = runs.get(held.flower_run) if held.flower_run is not None else None
         is_over = held.flower_run is not None and (process is None or process.phase.is_over)
-        if now >= held.beat_at or is_over:
-            held.beat_at = now + HEARTBEAT_S
-            if not self._beat(held):
-                return
+        if (now >= held.beat_at or is_over) and not self._beat(held):
+            return
         if is_over:
             self._on_death(held, process.details if process else "The SuperLink does not know it any more.")
         if held.flower_run is None and held.run_id in self._held and now >= held.start_at:
             self._start(held)
 
+    def _find_process(self, held: Held, runs: dict[int, FlowerRun]) -> None:
+        """A start whose answer was lost has begun a process all the same. Two of a run would write into one folder."""
+        ours = (held.run_id, held.fence)
+        for number, run in runs.items():
+            if run.phase.is_over or (run.config.get(RUN_KEY), run.config.get(FENCE_KEY)) != ours:
+                continue
+            if held.flower_run is None:
+                held.flower_run = number
+                log.info("run.found", run_id=held.run_id, flower_run=number)
+            elif number != held.flower_run:
+                self._stop(number)
+                log.warning("run.second-stopped", run_id=held.run_id, flower_run=number)
+
     def _beat(self, held: Held) -> bool:
         """Keep the lease; False when the run is over or another's."""
+        held.beat_at = self._monotonic() + HEARTBEAT_S
         try:
             with lease_loss_named():
                 answer = self._gateway.post(f"{API}/server/runs/{held.run_id}/heartbeat", Fenced(fence=held.fence))
@@ -216,6 +253,8 @@ class Dispatcher:
                 self._gateway.post(f"{API}/server/runs/{held.run_id}/end", end)
         except (LeaseLost, RunOver) as error:
             log.warning("run.lease-lost", run_id=held.run_id, reason=str(error))
+        else:
+            shutil.rmtree(self._runs_dir / held.run_id, ignore_errors=True)
         log.error("run.given-up", run_id=held.run_id, reason=reason)
         self._forget(held)
 
