@@ -26,6 +26,7 @@ from fl_server.supervisor import (
     Supervisor,
     require_free_port,
 )
+from medhive.wire import LeaseRequest
 
 Said = list[tuple[str, str]]
 
@@ -151,7 +152,11 @@ def test_wrong_settings_are_named_in_one_sentence(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("MEDHIVE_SERVER_GATEWAY_URL", "https://localhost:8000")
     settings = ServerSettings.load()
     settings.prepare()
-    assert settings.holder() == settings.holder()
+    holder = settings.holder()
+    assert LeaseRequest(holder=holder).holder == settings.holder()
+    for lost in (b"", bytes(23)):  # what a power cut leaves of a file that was being written
+        (tmp_path / "state" / "holder").write_bytes(lost)
+        assert LeaseRequest(holder=settings.holder()).holder == settings.holder()
     assert (tmp_path / "state" / "secrets" / "superexec").stat().st_mode & 0o077 == 0
     (tmp_path / "TLS_KEY").unlink()
     with pytest.raises(BadSettings, match=r"MEDHIVE_SERVER_TLS_KEY names .* which is no file"):

@@ -4,6 +4,7 @@ Tokens and keys stand in files alone, because what is in an environment or on a 
 the one that needs it. The processes of the runs read the same variables, which they inherit.
 """
 
+import re
 import secrets
 from pathlib import Path
 from typing import Annotated, Self
@@ -11,6 +12,7 @@ from typing import Annotated, Self
 from pydantic import Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fl_server.checkpoint import write_durably
 from medhive.client import GatewayClient, Trust
 from medhive.errors import InvalidInput
 from medhive.signing import SigningKey, write_secret
@@ -28,6 +30,9 @@ FILE_SETTINGS = (
     "mlflow_ca_file",
     "mlflow_password_file",
 )
+
+HOLDER = re.compile("server-[0-9a-f]{16}")
+"""An installation's name as a holder of leases."""
 
 Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+(/[^\s]*)?$")]
 
@@ -138,9 +143,11 @@ class ServerSettings(BaseSettings):
     def holder(self) -> str:
         """This installation's name as a holder of leases: kept, so that a restarted service takes up its own runs."""
         path = self.state_dir / "holder"
-        if not path.exists():
-            path.write_text(f"server-{secrets.token_hex(8)}", "utf-8")
-        return path.read_text("utf-8").strip()
+        kept = path.read_text("utf-8", "replace").strip() if path.exists() else ""
+        if not HOLDER.fullmatch(kept):  # a power cut can leave an empty file
+            kept = f"server-{secrets.token_hex(8)}"
+            write_durably(path, kept.encode())
+        return kept
 
     def gateway(self) -> GatewayClient:
         """A connection to the gateway with the aggregator's own token.
