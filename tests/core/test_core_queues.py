@@ -280,3 +280,9 @@ def test_an_overflow_writes_nothing(tmp_path: Path) -> None:
 def test_only_what_the_training_said_becomes_the_versions() -> None:
     given_ = [(30, {"train_loss": 1.0, "val_accuracy": 0.5}), (10, {"train_loss": 2.0}), (5, {})]
     assert mean_metrics(given_) == {"train_loss": 1.25}
+
+
+def test_a_figure_that_no_training_gives_spoils_no_versions_mean() -> None:
+    """It is finite; times the examples it is not, and no manifest could be signed."""
+    given_ = [(30, {"train_loss": 1.0}), (10, {"train_loss": 1.7e308, "train_accuracy": -1.7e308})]
+    assert mean_metrics(given_) == {"train_loss": 1.0}

@@ -2,6 +2,8 @@
 
 import errno
 import hashlib
+import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ from round_world import CLASSES, DEADLINE_S, Crash, DictDesk, DictExchange, Hosp
 from fl_server.collect import EVALUATOR_PATIENCE_S, SILENCE_S
 from fl_server.flower import Reply, ReplyError
 from fl_server.gateway import RunOver, unfit_versions
+from fl_server.pooling import MAX_STATISTIC_NAMES
+from medhive.client import RemoteError
 from medhive.envelope import ContributionBody, TaskBody, TaskType, to_bytes
+from medhive.errors import MedHiveError, NoSpace
 from medhive.packing import read_weights, write_weights
 from medhive.signing import SigningKey, sign
 from medhive.spec import Column, LabelColumn, StudyData, TableFormat
@@ -256,6 +261,31 @@ def test_metric_names_that_no_task_reports_are_left_out(tmp_path: Path) -> None:
     world.run()
     assert world.desk.reported[1].metrics == {"val_accuracy": 0.5, f"val_recall/{CLASSES[0]}": pytest.approx(0.25)}
     assert set(world.desk.reported[1].sites[0].metrics) == {"val_accuracy", f"val_recall/{CLASSES[0]}", "update_norm"}
+
+
+def test_numbers_that_no_training_gives_end_no_run(tmp_path: Path) -> None:
+    """Each is finite, and fits its field; summed up with others' they are not, and no report could hold them."""
+    world = World(tmp_path, {"rounds": 1})
+
+    def boast(_: Hospital, __: TaskBody, body: ContributionBody) -> ContributionBody:
+        return body.model_copy(update={"metrics": {**body.metrics, "train_loss": 1.7e308, "val_loss": -1.7e308}})
+
+    for kind in (TRAIN, EVALUATE):
+        world.sites["b"].changes[kind, 1] = world.sites["c"].changes[kind, 1] = boast
+    end = world.run()
+    assert end.state == "completed"
+    report = world.desk.reported[1]
+    json.dumps([end.metrics, report.model_dump(mode="json")], allow_nan=False)
+    assert report.metrics["train_loss"] == 1.0, "that of a, which alone says what can be"
+    assert [site.answered for site in report.sites] == [True] * 3
+
+
+def test_counts_that_no_hospital_has_cost_their_site_the_round(tmp_path: Path) -> None:
+    world = World(tmp_path, {"rounds": 1})
+    counts = [[2**53 - 1, 0], [0, 0]]
+    world.sites["c"].changes[TRAIN, 1] = lambda _, __, body: body.model_copy(update={"confusion": counts})
+    assert world.run().state == "completed"
+    assert "no table of counts" in world.dropped(1)["c"]
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -538,14 +568,18 @@ def test_initial_weights_that_differ_are_named_and_the_first_site_wins(tmp_path:
 
 def test_a_table_study_pools_its_statistics_once(tmp_path: Path) -> None:
     table = TableFormat(columns=(Column(name="age"), Column(name="sick")), label=LabelColumn(name="sick"))
-    world = World(tmp_path, data=StudyData(classes=CLASSES, table=table), based=False)
+    world = World(tmp_path, names=("a", "b", "c", "d", "e"), data=StudyData(classes=CLASSES, table=table), based=False)
     for number, site in enumerate(world.sites.values(), 1):
         site.statistics = {"age/sum": [0.1 * number], "age/count": [number]}
     world.sites["c"].statistics = {"weight/sum": [3.0]}
+    world.sites["d"].statistics = {"age/sum": [1.7e308], "age/count": [4]}
+    world.sites["e"].statistics = {str(number): [] for number in range(MAX_STATISTIC_NAMES + 1)}
     end = world.run()
     assert end.statistics == {"age/count": [3.0], "age/sum": [0.1 + 0.2]}
     assert "other columns" in world.dropped(0)["c"]
-    assert refused(world, 0) == [("c", "other-columns")]
+    assert "no table" in world.dropped(0)["d"]
+    assert "more statistics" in world.dropped(0)["e"]
+    assert refused(world, 0) == [(site, "other-columns") for site in "cde"]
     assert world.desk.statistics == end.statistics
     assert all(task.statistics == end.statistics for _, task in world.exchange.sent if task.type == TRAIN)
 
@@ -638,6 +672,26 @@ def test_a_gateway_that_is_away_for_a_while_costs_nothing(tmp_path: Path) -> Non
     world = World(tmp_path)
     world.desk.away = 5
     assert world.run().state == "completed"
+
+
+@pytest.mark.parametrize(("trouble", "status"), [(NoSpace("Its disk is full."), 507), (RemoteError("It failed."), 500)])
+def test_a_gateway_in_trouble_costs_no_run(tmp_path: Path, trouble: MedHiveError, status: int) -> None:
+    trouble.data["status"] = status
+    world = World(tmp_path, {"rounds": 1})
+    world.sites["c"].changes[TRAIN, 1] = silence
+    looks = itertools.count()
+
+    def fail_often(_: DictDesk) -> None:
+        if next(looks) % 3 < 2:
+            raise trouble
+
+    def fail() -> frozenset[str]:
+        raise trouble
+
+    world.desk.on_look = fail_often
+    world.desk.online = fail  # type: ignore[method-assign]
+    assert world.run().state == "completed"
+    assert list(world.dropped(1)) == ["c"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names an open file by /proc")

@@ -26,6 +26,10 @@ sum sent for a mean, a deliberate boost) shows as a thousandfold. Thirty is the 
 """
 
 
+MAX_FIGURE = 1e100
+"""No metric and no sum over a table's column is larger; times any count of examples it stays a finite number."""
+
+
 class NotFinite(MedHiveError):
     """Weights hold NaN or infinity."""
 
@@ -57,6 +61,11 @@ class ContributionLimits:
     def __post_init__(self) -> None:
         if self.max_norm is not None and not (math.isfinite(self.max_norm) and self.max_norm > 0):
             raise InvalidInput(f"The largest allowed norm must be a positive number, not {self.max_norm}.")
+
+
+def believable(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics whose values can be: one site's nonsense must not make the mean of all infinite."""
+    return {name: value for name, value in metrics.items() if abs(value) <= MAX_FIGURE}
 
 
 def check_contribution(

@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import AwareDatetime, Field, FiniteFloat
 
 from medhive.consent import Consent, ConsentBody, check_consent
+from medhive.contribution import believable
 from medhive.errors import BadSignature, Conflict, InvalidInput
 from medhive.packing import Flat, FlatWriter, Layout, WeightsFile, squared_norm, windows
 from medhive.signing import Signed, SignedBody, VerifyKey, digest_of
@@ -395,10 +396,11 @@ def mean_metrics(contributions: Sequence[tuple[int, Mapping[str, float]]]) -> di
 
     A contribution's `val_...` figures are of the model that it began from, not of the average, so they stay in the lineage.
     """
-    names = sorted({name for _, metrics in contributions for name in metrics if name.startswith("train_")})
+    given = [(examples, believable(metrics)) for examples, metrics in contributions]
+    names = sorted({name for _, metrics in given for name in metrics if name.startswith("train_")})
     means = {}
     for name in names:
-        parts = [(examples, metrics[name]) for examples, metrics in contributions if name in metrics]
+        parts = [(examples, metrics[name]) for examples, metrics in given if name in metrics]
         means[name] = math.fsum(count * value for count, value in parts) / sum(count for count, _ in parts)
     return means
 

@@ -23,7 +23,7 @@ import structlog
 
 from fl_server.cohort import Member, Present
 from fl_server.flower import NodeUnknown, Reply, ReplyError
-from fl_server.gateway import RunOver
+from fl_server.gateway import RunOver, is_passing
 from medhive.envelope import (
     Contribution,
     ContributionBody,
@@ -144,7 +144,9 @@ class Watch:
         while True:
             try:
                 return self._look()
-            except Unreachable as error:
+            except MedHiveError as error:
+                if not is_passing(error):
+                    raise
                 log.warning("gateway.away", reason=str(error))
                 self._clock.sleep(LOOK_S)
 
@@ -166,7 +168,9 @@ class Watch:
     def _see(self) -> None:
         try:
             self.run = self._look()
-        except Unreachable as error:
+        except MedHiveError as error:
+            if not is_passing(error):
+                raise
             if not self._away:
                 log.warning("gateway.away", reason=str(error))
             self._away = True
@@ -383,7 +387,9 @@ class Collector:
         """The sites whose node is connected; none while that cannot be known."""
         try:
             return self._online()
-        except Unreachable as error:
+        except MedHiveError as error:
+            if not is_passing(error):
+                raise
             log.warning("gateway.away", reason=str(error))
             return frozenset()
 

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from medhive.contribution import MAX_FIGURE, believable
 from medhive.envelope import ContributionBody
 from medhive.errors import InvalidInput
+from medhive.strategies import MAX_EXAMPLES
 
 PLAIN_METRIC = re.compile(r"(val|train)_[a-z0-9_]{1,40}")
 RECALL = "val_recall/"
@@ -22,7 +24,7 @@ Confusion = list[list[int]]
 
 
 class BadConfusion(InvalidInput):
-    """A confusion matrix is not square over the study's classes, or holds negative counts."""
+    """A confusion matrix is not square over the study's classes, or holds counts that cannot be."""
 
     code = "bad-confusion"
 
@@ -44,7 +46,7 @@ class Scores:
             BadConfusion: the matrix does not fit the study's classes.
         """
         require_confusion(body.confusion, len(classes))
-        metrics = {name: value for name, value in body.metrics.items() if _known(name, classes)}
+        metrics = {name: value for name, value in believable(body.metrics).items() if _known(name, classes)}
         return cls(body.site, body.examples, metrics, body.confusion)
 
     def weight(self, metric: str, classes: Sequence[str]) -> int:
@@ -67,7 +69,7 @@ def _known(name: str, classes: Sequence[str]) -> bool:
 
 
 def require_confusion(confusion: Confusion, classes: int) -> None:
-    """Refuse a matrix of another shape than `classes` x `classes`, or with negative counts; none at all is fine.
+    """Refuse a matrix of another shape than `classes` x `classes`, or with impossible counts; none at all is fine.
 
     Raises:
         BadConfusion: it is one of those.
@@ -75,7 +77,7 @@ def require_confusion(confusion: Confusion, classes: int) -> None:
     if not confusion:
         return
     square = len(confusion) == classes and all(len(row) == classes for row in confusion)
-    if not square or min(min(row) for row in confusion) < 0:
+    if not square or not all(0 <= cell <= MAX_EXAMPLES for row in confusion for cell in row):
         raise BadConfusion(f"The confusion matrix is no table of counts over the study's {classes} classes.")
 
 
@@ -107,19 +109,27 @@ def pooled_statistics(
     Sites must report vectors of the same names and lengths. What most report is taken as right, of equals what the first
     site reports.
     """
-    shapes = {site: _shape(by_site[site]) for site in sorted(by_site)}
+    wrong = {site: problem for site in sorted(by_site) if (problem := _problem(by_site[site]))}
+    shapes = {site: _shape(by_site[site]) for site in sorted(by_site) if site not in wrong}
     if not shapes:
-        return {}, {}
+        return {}, wrong
     right = Counter(shapes.values()).most_common(1)[0][0]
-    wrong = {site: "its statistics have other columns than the others'" for site in shapes if shapes[site] != right}
+    wrong |= {site: "its statistics have other columns than the others'" for site in shapes if shapes[site] != right}
     counted = [by_site[site] for site in shapes if site not in wrong]
     pooled = {name: _sum([item[name] for item in counted]) for name, _ in right}
-    return pooled, wrong
+    return pooled, dict(sorted(wrong.items()))
+
+
+def _problem(statistics: Mapping[str, Sequence[float]]) -> str | None:
+    """Why a site's statistics cannot be any table's; the other sites' go on without them."""
+    if len(statistics) > MAX_STATISTIC_NAMES:
+        return f"it reports more statistics ({len(statistics)}) than the {MAX_STATISTIC_NAMES} that are taken"
+    if any(abs(value) > MAX_FIGURE for values in statistics.values() for value in values):
+        return "its statistics hold numbers that no table gives"
+    return None
 
 
 def _shape(statistics: Mapping[str, Sequence[float]]) -> tuple[tuple[str, int], ...]:
-    if len(statistics) > MAX_STATISTIC_NAMES:
-        raise InvalidInput(f"There are {len(statistics)} statistics; at most {MAX_STATISTIC_NAMES} are taken.")
     return tuple(sorted((name, len(values)) for name, values in statistics.items()))
 
 
