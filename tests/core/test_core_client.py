@@ -1,16 +1,18 @@
 """The way to the gateway, before there is trust and while a proxy stands in for a gateway that is away."""
 
 import gzip
+import hashlib
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from medhive import client, errors
 from medhive.client import KNOWN_ERRORS, GatewayClient, RemoteError, Trust, introduce
-from medhive.errors import IncompatibleVersion, InvalidInput, MedHiveError, Unavailable, Unreachable
+from medhive.errors import DigestMismatch, IncompatibleVersion, InvalidInput, MedHiveError, Unavailable, Unreachable
 from medhive.signing import SigningKey, sign
 from medhive.version import OLDEST_PROTOCOL, PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER
 from medhive.wire import API, AddressTrust, CoordinatorAnswer, IntroductionBody
@@ -33,12 +35,14 @@ class Stranger(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, dict(self.headers)))
-        self.send_response(self.server.status)
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.server.resumable else 0
+        body = self.server.body[start:]
+        self.send_response(416 if start and not body else 206 if start else self.server.status)
         for name, value in self.server.headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(self.server.body)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(self.server.body)
+        self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         """Nobody reads it."""
@@ -50,6 +54,7 @@ class Address(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Stranger)
         self.status, self.body, self.headers = 200, b"", dict[str, str]()
+        self.resumable = False
         self.asked: list[tuple[str, dict[str, str]]] = []
 
     @property
@@ -124,6 +129,22 @@ def test_another_page_than_a_problem_is_nobodys_named_error(address: Address) ->
     address.status, address.body = 500, HTML
     with GatewayClient(address.url, Trust()) as gateway, pytest.raises(RemoteError):
         gateway.get(f"{API}/sites")
+
+
+@pytest.mark.parametrize("spoilt", [bytes(5), HTML * 2], ids=["not written", "of something longer"])
+def test_a_part_that_an_earlier_life_left_spoilt_is_fetched_again(
+    address: Address, tmp_path: Path, spoilt: bytes
+) -> None:
+    address.body, address.resumable = HTML, True
+    digest = hashlib.sha256(HTML).hexdigest()
+    (tmp_path / "model.part").write_bytes(spoilt)
+    with GatewayClient(address.url, Trust()) as gateway:
+        gateway.download("/blob", tmp_path / "model", digest, max_bytes=100)
+        assert (tmp_path / "model").read_bytes() == HTML
+        (tmp_path / "other.part").write_bytes(HTML[:5])
+        with pytest.raises(DigestMismatch):
+            gateway.download("/blob", tmp_path / "other", "0" * 64, max_bytes=100)
+    assert not (tmp_path / "other.part").exists()
 
 
 def test_the_client_knows_every_error_of_the_core() -> None:

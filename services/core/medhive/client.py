@@ -280,6 +280,23 @@ class GatewayClient:
             return 0
         destination.parent.mkdir(parents=True, exist_ok=True)
         part = destination.with_name(destination.name + ".part")
+        resumed = part.exists()
+        travelled = self._download_whole(path, part, max_bytes, on_progress, sealing)
+        found = _sha256(part)
+        if resumed and found != digest:  # nobody waited for the disk: a power cut spoils what an earlier life had
+            part.unlink()
+            travelled += self._download_whole(path, part, max_bytes, on_progress, sealing)
+            found = _sha256(part)
+        if found != digest:
+            part.unlink()
+            raise DigestMismatch(f"The bytes of {path} do not have the announced SHA-256 {digest}.", digest=digest)
+        _durable_rename(part, destination)
+        return travelled
+
+    def _download_whole(
+        self, path: str, part: Path, max_bytes: int, on_progress: Progress | None, sealing: SiteSealing | None
+    ) -> int:
+        """Fetch until the end, with a few tries; returns the bytes that travelled."""
         travelled = 0
         for attempt in range(TRIES):
             try:
@@ -288,10 +305,6 @@ class GatewayClient:
             except Unreachable:
                 if attempt == TRIES - 1:
                     raise
-        if _sha256(part) != digest:
-            part.unlink()
-            raise DigestMismatch(f"The bytes of {path} do not have the announced SHA-256 {digest}.", digest=digest)
-        _durable_rename(part, destination)
         return travelled
 
     def _download_rest(
