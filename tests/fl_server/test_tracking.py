@@ -4,20 +4,34 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 from coordinator_stack import CLASSES, CoordinatorStack, coordinator
 from matplotlib.figure import Figure
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+from round_world import World
 from waiting import until
 
 from fl_server.figures import draw_confusion, draw_curves
-from fl_server.tracking import MAX_SITE_CURVES, NOTE, Progress, Value, panels_of, round_values
+from fl_server.tracking import (
+    MAX_SITE_CURVES,
+    NOTE,
+    Progress,
+    Tracker,
+    TrackingAway,
+    Value,
+    panels_of,
+    round_values,
+)
+from medhive.client import GatewayClient
 from medhive.packing import sha256_file
 from medhive.queues import QueueAnswer
-from medhive.states import RoundState
-from medhive.wire import API, RoundAnswer, SiteRound, VersionAnswer
+from medhive.states import RoundState, RunState
+from medhive.wire import API, RoundAnswer, RunAnswer, SiteRound, VersionAnswer
 
 NAMES = ("a", "b")
 AT = datetime(2026, 11, 1, tzinfo=UTC)
@@ -195,6 +209,94 @@ def test_progress_survives_and_a_broken_file_only_costs_time(tmp_path: Path) -> 
     assert (read.cursor, read.told, read.owed) == (AT, {"RUN_1": AT.isoformat()}, {"RUN_2"})
     path.write_text("{")
     assert Progress.load(path).told == {}
+
+
+class Gateway:
+    """Knows one run, which is on and has not begun a round."""
+
+    def __init__(self, run: RunAnswer) -> None:
+        self.run = run.model_copy(update={"state": RunState.RUNNING, "started_at": AT, "updated_at": AT})
+
+    def get(self, path: str, **params: Any) -> Any:
+        row = self.run.model_dump(mode="json")
+        if path == f"{API}/runs":
+            return [row] if datetime.fromisoformat(params["changed_after"]) < AT else []
+        return [] if path.endswith("/rounds") else row
+
+    def post(self, _path: str, body: dict[str, str]) -> None:
+        self.run = self.run.model_copy(update=body)
+
+
+class Shelf:
+    """An MLflow server's names: experiments and runs."""
+
+    def __init__(self) -> None:
+        self.experiments: list[Any] = []
+        self.runs: list[Any] = []
+
+    def get_experiment(self, number: str) -> Any:
+        for item in self.experiments:
+            if item.experiment_id == number:
+                return item
+        raise MlflowException("No such experiment.", RESOURCE_DOES_NOT_EXIST)
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return next((item for item in self.experiments if item.name == name), None)
+
+    def create_experiment(self, name: str, tags: dict[str, str]) -> str:
+        number = str(len(self.experiments))
+        self.experiments.append(SimpleNamespace(experiment_id=number, name=name, lifecycle_stage="active", tags=tags))
+        return number
+
+    def search_runs(self, *_: Any, **__: Any) -> list[Any]:
+        return self.runs
+
+    def create_run(self, experiment: str, **about: Any) -> Any:
+        info = SimpleNamespace(run_id=f"run-{len(self.runs)}", experiment_id=experiment, **about)
+        self.runs.append(SimpleNamespace(info=info))
+        return self.runs[-1]
+
+    def get_run(self, _number: str) -> Any:
+        return self.runs[0]
+
+    def log_batch(self, *_: Any, **__: Any) -> None:
+        """What is in a run is told to a real server above."""
+
+    log_artifact = log_batch
+
+
+@pytest.mark.parametrize("moment", ["while it was away", "while the service was down"])
+@pytest.mark.parametrize("others", [(), ("somebody else's",)])
+def test_an_mlflow_that_knows_nothing_of_us_is_told_everything(
+    tmp_path: Path, moment: str, others: tuple[str, ...]
+) -> None:
+    gateway, path = cast("GatewayClient", Gateway(World(tmp_path / "world").desk.run)), tmp_path / "tracking.json"
+    shelves, up = [Shelf()], [True]
+
+    def tracker() -> Tracker:
+        return Tracker(gateway, shelves[0], lambda: up[0], Progress.load(path))
+
+    known = tracker()
+    assert [known.step(), known.step()] == [1, 0]
+    assert tracker().step() == 0, "a restart tells nothing again"
+    if moment == "while it was away":
+        up[0] = False
+        with pytest.raises(TrackingAway):
+            known.step()
+        up[0] = True
+        assert known.step() == 0, "it is back as it was"
+        up[0] = False
+        with pytest.raises(TrackingAway):
+            known.step()
+        up[0] = True
+    else:
+        known = tracker()
+    shelves[0].__dict__.update(Shelf().__dict__)  # its volume was lost, or the address leads to another one
+    for name in others:
+        shelves[0].create_experiment(name, {})
+    assert [known.step(), known.step()] == [1, 0]
+    assert [item.name for item in shelves[0].experiments] == [*others, "tumours"]
+    assert len(shelves[0].runs) == 1
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

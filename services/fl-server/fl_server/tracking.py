@@ -99,13 +99,15 @@ class Progress:
     """How far MLflow has been told, kept in a file.
 
     cursor: changes at the gateway up to here were seen; told: run to the `updated_at` that was delivered, of the runs that
-    changed about then; owed: runs whose delivery failed for a reason of their own.
+    changed about then; owed: runs whose delivery failed for a reason of their own; experiment: MLflow's id and the name of
+    the one that was told last, by which that MLflow is known again.
     """
 
     path: Path
     cursor: datetime = BEGINNING
     told: dict[str, str] = field(default_factory=dict)
     owed: set[str] = field(default_factory=set)
+    experiment: tuple[str, str] | None = None
 
     @classmethod
     def load(cls, path: Path) -> "Progress":
@@ -113,7 +115,9 @@ class Progress:
         try:
             content = json.loads(path.read_text("utf-8"))
             cursor = datetime.fromisoformat(content["cursor"])
-            return cls(path, cursor, dict(content["told"]), set(content["owed"]))
+            number, name = content.get("experiment") or ("", "")  # an earlier release kept none
+            experiment = (str(number), str(name)) if number else None
+            return cls(path, cursor, dict(content["told"]), set(content["owed"]), experiment)
         except FileNotFoundError:
             return cls(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -125,7 +129,12 @@ class Progress:
         oldest = self.cursor - 2 * OVERLAP
         self.told = {run: at for run, at in self.told.items() if datetime.fromisoformat(at) >= oldest}
         content = {"cursor": self.cursor.isoformat(), "told": self.told, "owed": sorted(self.owed)}
-        write_durably(self.path, json.dumps(content).encode())
+        write_durably(self.path, json.dumps({**content, "experiment": self.experiment}).encode())
+
+    def begin_anew(self) -> None:
+        """Nothing was told; durable before anything is, by which this MLflow could be taken for the one before."""
+        self.cursor, self.told, self.owed, self.experiment = BEGINNING, {}, set(), None
+        self.save()
 
 
 class Tracker:
@@ -148,6 +157,7 @@ class Tracker:
         self._queue_told: set[tuple[str, int]] = set()
         self._open_queues: dict[str, tuple[str, str]] = {}
         self._backlog: int | None = None
+        self._met = False
 
     def step(self) -> int:
         """Deliver what changed; returns how many runs were told.
@@ -156,8 +166,10 @@ class Tracker:
             TrackingAway, Unreachable: MLflow, or the gateway, does not answer; the next pass goes on.
         """
         if not self._is_up():
+            self._met = False
             self._tell_backlog(self._waiting())
             raise TrackingAway("The MLflow server does not answer; runs go on, and it is told later.")
+        self._meet()
         told = sum(self._try(run_id) for run_id in sorted(self._progress.owed))
         after = self._progress.cursor - OVERLAP
         while True:
@@ -169,6 +181,37 @@ class Tracker:
                 self._tell_backlog(len(self._progress.owed))
                 return told
             after = runs[-1].updated_at
+
+    def _meet(self) -> None:
+        """Tell everything to an MLflow that lacks what was told: it has lost its data, or is another one."""
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+        if self._met:
+            return
+        try:
+            known = self._knows_us()
+        except (MlflowException, OSError):
+            return  # what is wrong shows at the delivery; this is looked at again
+        self._met = True
+        if not known:
+            log.warning("tracking.begins-anew")
+            self._progress.begin_anew()
+            for told in (self._rounds_told, self._aliases_told, self._queue_told, self._open_queues):
+                told.clear()
+
+    def _knows_us(self) -> bool:
+        """Whether MLflow has the experiment that was told last."""
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+        if self._progress.experiment is None:
+            return True
+        number, name = self._progress.experiment
+        try:
+            return str(self._mlflow.get_experiment(number).name) == name
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
     def _waiting(self) -> int:
         """How many runs have something to tell; no more than a page of those that changed, which is enough to be alarmed."""
@@ -261,6 +304,11 @@ class Tracker:
         return str(self._mlflow.create_run(experiment, start_time=start, run_name=name, tags=known).info.run_id)
 
     def _experiment(self, study: str) -> str:
+        number = self._experiment_named(study)
+        self._progress.experiment = (number, study)
+        return number
+
+    def _experiment_named(self, study: str) -> str:
         experiment = self._mlflow.get_experiment_by_name(study)
         if experiment is None:
             return str(self._mlflow.create_experiment(study, tags={NOTE: experiment_note(study)}))
