@@ -19,6 +19,7 @@ from fl_server.flower import (
     RunPhase,
     SuperLink,
     SuperLinkUnreachable,
+    _envelope_in,
     bundle_bytes,
     bundle_digest,
     superlink_command,
@@ -41,6 +42,16 @@ def test_the_superlink_listens_on_loopback_alone_and_gets_no_secrets_of_medhive(
     assert command.argv[command.argv.index("--host") + 1] == "127.0.0.1"
     assert "MEDHIVE_SERVER_TOKEN" not in command.env
     assert command.env["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+@pytest.mark.parametrize(
+    "entry", [b"\x12\x00", b"\x12\x02\x08\x01", b"\x12\x01\xff"], ids=["empty", "a number", "cut off"]
+)
+def test_a_record_that_flower_itself_stumbles_on_is_no_envelope(entry: bytes) -> None:
+    """Any node can send one, and its hash is right."""
+    named = b"\x0a\x08envelope" + entry
+    body = b"\x0a" + bytes([len(named)]) + named
+    assert _envelope_in(b"ConfigRecord  %d\x00" % len(body) + body) is None
 
 
 def test_a_run_exchanges_envelopes_with_its_nodes(flower_stack: FlowerStack) -> None:

@@ -660,7 +660,7 @@ def _envelope_in(content: bytes) -> bytes | None:
         return None
     try:
         payload = ConfigRecord.inflate(content)[FIELD]
-    except (ValueError, KeyError, TypeError, DecodeError):
+    except (ValueError, KeyError, TypeError, AttributeError, DecodeError):  # of what a stranger made
         return None
     return payload if isinstance(payload, bytes) else None
 
