@@ -35,10 +35,15 @@ class StackError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback that nobody listens on, below those that systems hand out by themselves in the meantime."""
+    while True:
+        port = 15_000 + secrets.randbelow(17_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def is_taken(port: int) -> bool:

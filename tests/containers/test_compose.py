@@ -342,7 +342,7 @@ def test_another_key_and_another_ca_take_over_in_a_run(compose: Compose) -> None
     assert "has named it its successor" in compose.command(*renew, "key")
     compose.wait_for_log(SITES[0], f"{run_id} round 2/4 done")
     assert "no other is trusted" in compose.command(*renew, "ca", "--at-once")
-    compose.login()
+    wait_until(compose.can_log_in, "a login by the new CA", DEADLINE_S)
     done = compose.ended(run_id)
     assert (done["state"], done["reason"]) == ("completed", "")
     assert all(not site["dropped"] for item in done["rounds_done"] for site in item["sites"])

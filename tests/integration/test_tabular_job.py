@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from whole_world import PATIENT, PEOPLE, SITES, TABLE_STUDY, WholeWorld, content_of
+from whole_world import PATIENT, PEOPLE, SITES, TABLE_STUDY, WholeWorld, content_of, files_below
 
 from fl_client.tasks.tables import Table, read_table
 from medhive.packing import read_weights
@@ -83,7 +83,7 @@ def test_scaling_uses_the_moments_of_all_hospitals_and_no_row_left_one(whole: Wh
         site: len(part) for site, part in zip(SITES, rows, strict=True)
     }
     file_name = f"{PATIENT}-ward.data".encode()
-    files = [path for path in (whole.stack.folder / "coordinator").rglob("*") if path.is_file()]
+    files = [path for path in files_below(whole.stack.folder / "coordinator") if path.is_file()]
     assert not [path for path in files if file_name in content_of(path)]
 
 

@@ -172,6 +172,7 @@ class Typist:
         if self.pid == 0:  # pragma: no cover - the child's side
             os.execvpe(argv[0], list(argv), {**env, "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "200"})  # noqa: S606 - no shell is meant
         self.text = ""
+        self._raw = b""
         self._read_to = 0
 
     def expect(self, words: str, deadline_s: float = ANSWER_DEADLINE_S) -> str:
@@ -214,7 +215,8 @@ class Typist:
             piece = os.read(self._terminal, 65536)
         except OSError:  # Linux says so at a terminal's end
             return False
-        self.text += piece.decode(errors="replace").replace("\r\n", "\n")
+        self._raw += piece  # as a whole: a piece may end within a letter or between \r and \n
+        self.text = self._raw.decode(errors="replace").replace("\r\n", "\n")
         return bool(piece)
 
     def __enter__(self) -> "Typist":

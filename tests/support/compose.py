@@ -149,13 +149,20 @@ class Compose:
 
     def login(self) -> None:
         """Log the engineer in, with the password from the log."""
+        done = self._login()
+        assert done.returncode == 0, done.stderr + done.stdout
+
+    def can_log_in(self) -> bool:
+        """Whether that is possible by now: within a second the gateway shows a certificate of the CA that there is now."""
+        return self._login().returncode == 0
+
+    def _login(self) -> "subprocess.CompletedProcess[str]":
         words = ("docker", "exec", "--interactive", self.container("gateway"), "medhive-admin", "login")
-        done = subprocess.run(
+        return subprocess.run(
             [*words, "https://localhost:8000", "--username", "admin", "--password-file", "/dev/stdin",
              "--ca-file", "/state/tls/ca.crt"],
             input=self.password(), capture_output=True, text=True, timeout=DEADLINE_S, check=False,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr + done.stdout
 
     def hospital(self, site: str, data: Path) -> str:
         """Invite a hospital and start it, as the README says; returns the container's name."""

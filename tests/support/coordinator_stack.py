@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 
 import httpx
 import numpy as np
-from flower_stack import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from queue_world import signed_consent, signed_manifest
-from waiting import Listener, until
+from stack import free_port
+from waiting import DEADLINE_S, Listener, until
 
 from fl_client.flower import FleetClosed, FleetConnection, Inbound, RunGone
 from fl_client.gateway import Gateway
@@ -84,7 +84,7 @@ class Process:
         self.running.kill()
         self.running.wait()
 
-    def stop(self, seconds: float = 10.0) -> int:
+    def stop(self, seconds: float = DEADLINE_S) -> int:
         """End it by SIGTERM; returns its exit code."""
         if self.running is None:
             return 0
@@ -196,7 +196,7 @@ class CoordinatorStack:
 
     def start_mlflow(self) -> None:
         self.mlflow.start()
-        until(self._mlflow_answers, "MLflow answers", 90)
+        until(self._mlflow_answers, "MLflow answers", 240)  # it imports for 20 s on an idle machine
 
     def _mlflow_answers(self) -> bool:
         try:
@@ -206,7 +206,7 @@ class CoordinatorStack:
 
     def figures(self) -> dict[str, float]:
         """What the aggregator shows to Prometheus, by name and the values of its labels."""
-        page = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).text
+        page = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60).text
         samples = [each for family in text_string_to_metric_families(page) for each in family.samples]
         return {" ".join((each.name, *each.labels.values())): each.value for each in samples}
 
@@ -218,7 +218,7 @@ class CoordinatorStack:
         if hasattr(self, "admin"):
             self.admin.close()
         for process in (self.server, self.gateway, self.mlflow):
-            process.stop(20)
+            process.stop()
 
     # ---- what people do --------------------------------------------------------------------------------------------
 

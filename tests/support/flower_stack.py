@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import ssl
 import subprocess
 import threading
@@ -21,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from stack import free_port
 from waiting import DEADLINE_S, until
 
 from fl_client.flower import FleetConnection
@@ -100,7 +100,7 @@ class FlowerStack:
         for process in (self.superexec, self.superlink):
             if process is not None and process.poll() is None:
                 process.terminate()
-                process.wait(15)
+                process.wait(DEADLINE_S)
 
     def make_node(self) -> Node:
         key = ec.generate_private_key(ec.SECP384R1())
@@ -138,8 +138,9 @@ class ScriptedRun:
     out: Path
 
     def notes(self) -> list[dict[str, Any]]:
-        lines = self.out.read_text("utf-8").splitlines() if self.out.exists() else []
-        return [json.loads(line) for line in lines]
+        text = self.out.read_text("utf-8") if self.out.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # the last line may still be being written
+        return [json.loads(line) for line in whole.splitlines()]
 
     def note(self, key: str) -> dict[str, Any]:
         """Wait for the first note that has this key."""
@@ -191,18 +192,6 @@ def flower_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlowerSta
         yield stack
     finally:
         stack.stop()
-
-
-def free_port() -> int:
-    """A port that nobody listens on, below those that the system hands out for outgoing connections."""
-    while True:
-        port = 15_000 + secrets.randbelow(17_000)
-        with socket.socket() as listener:
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def _make_certificates(folder: Path) -> tuple[Path, Path, Path]:

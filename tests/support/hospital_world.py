@@ -105,9 +105,11 @@ class World:
         """A hospital's trainer child, once there is one."""
 
         def child() -> psutil.Process | None:
-            node = psutil.Process(self.stack.programs[name].pid)
-            children = [one for one in node.children() if "fl_client.child" in one.cmdline()]
-            return children[0] if children else None
+            for one in psutil.Process(self.stack.programs[name].pid).children():
+                with suppress(psutil.NoSuchProcess):  # the one before it, that the node has not noticed yet
+                    if "fl_client.child" in one.cmdline():
+                        return one
+            return None
 
         return self.wait(child, f"the trainer of {name}")
 
@@ -247,7 +249,8 @@ class World:
 
     def said(self, event: str, **bound: Any) -> list[dict[str, Any]]:
         """The aggregator's log lines of this name with these values."""
-        named = [line for line in self.log("server").splitlines() if line.startswith("{") and f'"{event}"' in line]
+        whole, _, _being_written = self.log("server").rpartition("\n")
+        named = [line for line in whole.splitlines() if line.startswith("{") and f'"{event}"' in line]
         lines = [json.loads(line) for line in named]
         return [line for line in lines if line.get("event") == event and bound.items() <= line.items()]
 

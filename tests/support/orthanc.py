@@ -22,14 +22,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from flower_stack import free_port
 from public_address import PublicCa
+from stack import free_port
 from waiting import until
 
 PROGRAM: Final = shutil.which("Orthanc", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 PLUGIN: Final = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 USER, PASSWORD, TOKEN = "medhive", "only for this test", "a.token.for.this-test"
-SLOW_BYTES_PER_S: Final = 40_000
+SLOW_BYTES_PER_S: Final = 8_000  # nginx sends a second of it at once; a series of ten thousand bytes takes longer
 # One server a way to be asked: by name and password, by a token, by a client's certificate, by a slow line.
 WAYS: Final = ("password", "token", "certificate", "slow")
 
@@ -88,7 +88,9 @@ def running_orthanc(folder: Path) -> Iterator[Orthanc]:
         own_client = httpx.Client(base_url=f"http://127.0.0.1:{own}", auth=(USER, PASSWORD), timeout=30)
         orthanc = Orthanc(folder, ports, stack.enter_context(own_client))
         trust = ssl.create_default_context(cafile=str(ca.file))
-        front = httpx.Client(base_url=f"https://localhost:{ports['password']}", auth=(USER, PASSWORD), verify=trust)
+        front = httpx.Client(
+            base_url=f"https://localhost:{ports['password']}", auth=(USER, PASSWORD), verify=trust, timeout=30
+        )
         stack.enter_context(front)
         until(lambda: _answers(front), f"Orthanc, see {folder}", 60)
         yield orthanc

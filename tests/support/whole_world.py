@@ -7,6 +7,7 @@ named as careless exports name them, after a patient, so that a test can look fo
 
 import csv
 import json
+import os
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -160,6 +161,11 @@ class WholeWorld:
 
         wait_until(told, f"MLflow's copy of {run_id}", TRACKING_DEADLINE_S)
         return found
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder whose services go on working, and remove others meanwhile."""
+    return [Path(place) / name for place, _, names in os.walk(folder) for name in names]
 
 
 def content_of(path: Path) -> bytes:
