@@ -1,14 +1,18 @@
-"""`audit verify`: a log that was changed, shortened or written anew does not fit what was signed."""
+"""`audit`: a log that was changed, shortened or written anew does not fit what was signed; one that grows does."""
 
+import io
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any, cast
 
 import pytest
 
-from api_gateway.admin.audit import Finding, check_log
+from api_gateway.admin.audit import Finding, check_log, write_log
 from medhive.chain import ZERO_HASH, event_hash
+from medhive.client import GatewayClient
 from medhive.signing import SigningKey, sign
-from medhive.wire import CountersignBody, EventAnswer, HeadBody
+from medhive.wire import Countersignature, CountersignBody, EventAnswer, Head, HeadBody
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 COORDINATOR, NORTH, STRANGER = SigningKey.generate(), SigningKey.generate(), SigningKey.generate()
@@ -81,3 +85,34 @@ def test_a_head_that_another_key_signed_does_not_count() -> None:
     head = sign(HeadBody(number=3, hash=rows[-1].hash, at=NOW), STRANGER)
     findings = check_log(rows, head, COORDINATOR.public, [], {})
     assert [item.right for item in findings] == [True, False]
+
+
+class BusyCoordinator:
+    """Answers what an export asks for; each answer is followed by another event, which a site sees and signs at once."""
+
+    def __init__(self) -> None:
+        self.rows = log(3)
+
+    def get(self, path: str, **params: Any) -> Any:
+        answer = self._answer(path, params.get("after", 0))
+        self.rows = log(len(self.rows) + 1)
+        return answer
+
+    def _answer(self, path: str, after: int) -> Any:
+        newest = {"number": self.rows[-1].number, "hash": self.rows[-1].hash}
+        if path.endswith("/head"):
+            return sign(HeadBody(**newest, at=NOW), COORDINATOR).model_dump(mode="json")
+        if path.endswith("/countersignatures"):
+            return [sign(CountersignBody(site="north", **newest, seen_at=NOW), NORTH).model_dump(mode="json")]
+        return [row.model_dump(mode="json") for row in self.rows[after : after + 2] if len(self.rows) < 12]
+
+
+def test_what_is_exported_of_a_busy_log_is_of_one_moment() -> None:
+    file = io.StringIO()
+    count = write_log(cast("GatewayClient", BusyCoordinator()), file)
+    lines = [json.loads(line) for line in file.getvalue().splitlines()]
+    rows = [EventAnswer.model_validate(line) for line in lines[:count]]
+    head = Head.model_validate(lines[count]["head"])
+    signatures = [Countersignature.model_validate(line["countersignature"]) for line in lines[count + 1 :]]
+    findings = check_log(rows, head, COORDINATOR.public, signatures, {"north": NORTH.public})
+    assert len(findings) == 3 and [item for item in findings if not item.right] == []

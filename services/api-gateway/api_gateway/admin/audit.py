@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 import click
 
@@ -188,13 +188,21 @@ def export_log(terminal: Terminal, out: Path | None) -> None:
         raise InvalidInput(f"{target} exists already; name another file.")
     part = target.with_name(f"{target.name}.part")
     with session.open() as client, part.open("w", encoding="utf-8") as file:
-        count = 0
-        for row in fetch_rows(client):
-            file.write(row.model_dump_json() + "\n")
-            count += 1
-        file.write(json.dumps({"head": client.get(f"{API}/events/head")}) + "\n")
-        for signature in fetch_countersignatures(client):
-            file.write(json.dumps({"countersignature": signature.model_dump(mode="json")}) + "\n")
+        count = write_log(client, file)
     part.replace(target)
     value = {"file": str(target), "events": count}
     terminal.result(value, lambda: terminal.line(f"{count} events are in {target}."))
+
+
+def write_log(client: GatewayClient, file: TextIO) -> int:
+    """Write the log with what was signed of it as JSON lines; returns the number of rows."""
+    # As in `verify` the signatures come first: they must not be of rows that were appended after the last that is written.
+    signatures, head = fetch_countersignatures(client), client.get(f"{API}/events/head")
+    count = 0
+    for row in fetch_rows(client):
+        file.write(row.model_dump_json() + "\n")
+        count += 1
+    file.write(json.dumps({"head": head}) + "\n")
+    for signature in signatures:
+        file.write(json.dumps({"countersignature": signature.model_dump(mode="json")}) + "\n")
+    return count
