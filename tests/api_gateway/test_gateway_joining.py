@@ -8,6 +8,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from gateway_world import World, join_body, running_gateway
 
+from api_gateway.auth import WINDOW, count_failure, require_not_throttled
+from api_gateway.db import Base, Database
 from medhive import __version__
 from medhive.errors import (
     BadSignature,
@@ -298,3 +300,14 @@ def test_too_many_refused_joins_must_wait(tmp_path: Path) -> None:
         rows = world.admin.get(f"{API}/events", limit=1000)
         assert sum(row["kind"] == "login.failed" for row in rows) == 5
         world.close()
+
+
+def test_who_has_to_wait_for_seconds_is_not_told_of_zero_minutes(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'attempts.db'}")
+    Base.metadata.create_all(database.engine)
+    began, keys = datetime.now(UTC), (("login@192.0.2.1", 1),)
+    count_failure(database, began, keys)
+    with database.read() as session, pytest.raises(TooManyAttempts, match=r"again in 1 min\.") as refused:
+        require_not_throttled(session, began + WINDOW - timedelta(seconds=5.4), keys)
+    assert refused.value.data["retry_after_s"] == 6
+    database.close()

@@ -4,6 +4,7 @@ Passwords are hashed with Argon2id (RFC 9106) outside any transaction, for it is
 plain SHA-256 is kept. Failures are counted in the database, so that several gateways count together.
 """
 
+import math
 import secrets
 import threading
 from datetime import datetime, timedelta
@@ -99,7 +100,7 @@ def require_not_throttled(session: Session, now: datetime, keys: tuple[tuple[str
         if row is not None and row.window_ends_at > now and row.count >= allowed:
             wait = (row.window_ends_at - now).total_seconds()
             raise TooManyAttempts(
-                f"Too many failed attempts; try again in {wait / 60:.0f} minutes.", retry_after_s=round(wait)
+                f"Too many failed attempts; try again in {math.ceil(wait / 60)} min.", retry_after_s=math.ceil(wait)
             )
 
 
