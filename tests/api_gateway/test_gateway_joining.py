@@ -8,8 +8,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from gateway_world import World, join_body, running_gateway
 
-from api_gateway.auth import WINDOW, count_failure, require_not_throttled
+from api_gateway import accounts
+from api_gateway.__main__ import build
+from api_gateway.auth import WINDOW, count_failure, hash_password, password_fits, require_not_throttled
 from api_gateway.db import Base, Database
+from api_gateway.settings import Settings
+from api_gateway.work import Call
 from medhive import __version__
 from medhive.errors import (
     BadSignature,
@@ -27,7 +31,7 @@ from medhive.errors import (
 )
 from medhive.signing import SigningKey, sign
 from medhive.version import OLDEST_PROTOCOL, PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER
-from medhive.wire import API, Join, LeaveBody, SiteTokenProof
+from medhive.wire import API, Join, LeaveBody, Login, SiteTokenProof
 
 JSON = {"Content-Type": "application/json"}
 
@@ -311,3 +315,24 @@ def test_who_has_to_wait_for_seconds_is_not_told_of_zero_minutes(tmp_path: Path)
         require_not_throttled(session, began + WINDOW - timedelta(seconds=5.4), keys)
     assert refused.value.data["retry_after_s"] == 6
     database.close()
+
+
+def test_a_password_that_was_changed_while_it_was_checked_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check is slow, and waits for others' checks: whoever changes a stolen password meanwhile shuts the thief out."""
+    gateway, stolen = build(Settings(state_dir=tmp_path / "state"))
+    call = Call(gateway, None, "192.0.2.1")
+
+    def change(hashed: str | None, password: str) -> bool:
+        fits = password_fits(hashed, password)
+        with gateway.system_write() as work:
+            accounts.set_password(work, "admin", hash_password("a new and long one"), None)
+        return fits
+
+    with monkeypatch.context() as patched:
+        patched.setattr("api_gateway.auth.password_fits", change)
+        with pytest.raises(NotAuthenticated):
+            accounts.login(call, Login(username="admin", password=str(stolen)))
+    assert accounts.login(call, Login(username="admin", password="a new and long one")).role == "admin"
+    gateway.database.close()

@@ -12,6 +12,7 @@ from medhive.states import Role, SiteState
 from medhive.wire import AccountAnswer, Login, NewAccount, TokenAnswer
 
 FIRST_ADMIN = "admin"
+WRONG = "The name or the password is wrong."
 
 
 def login(call: Call, body: Login) -> TokenAnswer:
@@ -21,9 +22,12 @@ def login(call: Call, body: Login) -> TokenAnswer:
         NotAuthenticated: name or password is wrong, or the account is disabled.
         TooManyAttempts: too many failures lately.
     """
-    check_password(call, body)
+    checked, _ = _checked(call, body)
     with call.anonymous(call.gateway.database.write, body.username) as work:
         account = _known(work, body.username)
+        # An admin may have set another password, or taken the account out of use, while this one was being checked.
+        if account.disabled or account.password_hash != checked:
+            raise NotAuthenticated(WRONG)
         token = auth.issue(
             work,
             Role(account.role),
@@ -43,6 +47,11 @@ def check_password(call: Call, body: Login) -> Role:
         NotAuthenticated: name or password is wrong, or the account is disabled.
         TooManyAttempts: too many failures lately.
     """
+    return _checked(call, body)[1]
+
+
+def _checked(call: Call, body: Login) -> tuple[str | None, Role]:
+    """The hash that the password fits, and the account's role."""
     keys = auth.attempt_keys(body.username, call.source)
     with call.anonymous(call.gateway.database.read) as work:
         auth.require_not_throttled(work.session, work.now, keys)
@@ -51,8 +60,8 @@ def check_password(call: Call, body: Login) -> Role:
         role = account.role if account else Role.SITE
     if not auth.password_fits(hashed, body.password):
         _login_failed(call, body.username, keys)
-        raise NotAuthenticated("The name or the password is wrong.")
-    return Role(role)
+        raise NotAuthenticated(WRONG)
+    return hashed, Role(role)
 
 
 def logout(work: Work) -> None:
