@@ -29,6 +29,16 @@ pytestmark = pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is 
 SOURCE = Path(__file__).parents[2] / "deploy" / "proxy"
 FOLDERS = ("handout", "opt/medhive", "tmp", "blobs", "own")
 PORTS = {"world": "8443", "browser": "8080", "figures": "9464", "health": "8081"}
+# How the gateway has the proxy send a file, and what it says of it.
+BLOB = {
+    "X-Accel-Redirect": "/blobs-of-the-gateway/ab/cd/abcd",
+    "ETag": '"abcd"',
+    "MedHive-Model-Version": "7",
+    "MedHive-Protocol": "1",
+    "MedHive-Version": "0.1.0",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "private, no-cache",
+}
 PIECE, PIECES = bytes(1024**2), 64
 
 
@@ -44,6 +54,8 @@ class Service(BaseHTTPRequestHandler):
         self.arrived.append((self.path, dict(self.headers), self.client_address))
         pieces = PIECES if self.path == "/download" else 0
         self.send_response(200)
+        for name, value in BLOB.items() if self.path == "/download?study=lungs" else ():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(pieces * len(PIECE)))
         self.end_headers()
         for _ in range(pieces):
@@ -187,6 +199,19 @@ def test_what_a_slow_hospital_has_not_fetched_yet_lies_nowhere(proxy: Proxy) -> 
         received = sum(iter(lambda: len(connection.recv(len(PIECE))), 0))
     assert received > PIECES * len(PIECE)
     assert "temporary file" not in proxy.said
+
+
+def test_a_file_that_the_proxy_sends_goes_with_what_the_gateway_says_of_it(proxy: Proxy) -> None:
+    file = proxy.root / "blobs" / "ab" / "cd" / "abcd"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    with proxy.at("world") as http:
+        answer = http.get("/download?study=lungs")
+        rest = http.get("/download?study=lungs", headers={"Range": "bytes=3-"})
+    assert (answer.content, rest.status_code, rest.content) == (b"weights", 206, b"ghts")
+    said = {name: value for name, value in BLOB.items() if not name.startswith("X-Accel")}
+    assert {name: answer.headers.get_list(name) for name in said} == {name: [value] for name, value in said.items()}
+    assert "max-age" in answer.headers["Strict-Transport-Security"]
 
 
 def test_an_own_certificate_that_cannot_be_read_leaves_the_former_shown(proxy: Proxy) -> None:
