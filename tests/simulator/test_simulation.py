@@ -298,6 +298,10 @@ def test_an_mlflow_that_goes_away_stops_nothing_and_is_told_later(
 
     monkeypatch.chdir(table)
     uri, out = f"sqlite:///{table}/mlflow.db", table / "out"
+    with monkeypatch.context() as at_once:
+        at_once.setattr(MlflowClient, "log_param", away)
+        assert main(simulate_command, arguments(table_flags(table, mlflow=uri), out)) == 1
+    capsys.readouterr()
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(results, "log_values", away)
         assert main(simulate_command, arguments(table_flags(table, mlflow=uri), out)) == 1
@@ -311,6 +315,8 @@ def test_an_mlflow_that_goes_away_stops_nothing_and_is_told_later(
     assert main(simulate_command, arguments(table_flags(table, mlflow=uri), out)) == 0
     assert client.get_run(mlflow_id).info.status == "FINISHED"
     assert [item.step for item in client.get_metric_history(mlflow_id, "train_loss")] == [1, 2, 3]
+    [found] = client.search_runs([client.get_run(mlflow_id).info.experiment_id])
+    assert found.data.params["spec.options.rounds"] == "3"
     assert (out / "summary.json").read_bytes() == before
 
 

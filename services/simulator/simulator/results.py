@@ -278,9 +278,14 @@ class Tracking:
         id_file = folder / self.ID_FILE
         with self._failures_named():
             self._client = MlflowClient(tracking_uri=uri)
-            known = id_file.read_text("utf-8").strip() if id_file.exists() else ""
-            self.run_id = str(self._client.get_run(known).info.run_id) if known else self._made(identity, title)
-        write_durably(id_file, self.run_id.encode())
+            if not id_file.exists():
+                # Written down before anything else is told, so that a simulation that ends in between makes no second run.
+                write_durably(id_file, self._made(identity, title).encode())
+            run = self._client.get_run(id_file.read_text("utf-8").strip())
+            self.run_id = str(run.info.run_id)
+            for key, value in flattened(identity).items():
+                if key not in run.data.params:
+                    self._client.log_param(self.run_id, key, str(value)[:MAX_PARAM])
 
     def tell(self, values: Sequence[Value]) -> None:
         """Log metrics; telling them again changes nothing, for each carries the time of its round."""
@@ -301,10 +306,7 @@ class Tracking:
         name = experiment.experiment_id if experiment else self._client.create_experiment(study)
         tags = {RUN_TAG: f"simulation {identity['digest'][:12]}", "mlflow.source.name": "medhive-simulate"}
         tags[NOTE] = f"A simulation: {title}.\n\nIts page is `{PAGE}` among the artifacts. {READING_NOTE}"
-        run = self._client.create_run(name, run_name=title, tags=tags)
-        for key, value in flattened(identity).items():
-            self._client.log_param(run.info.run_id, key, str(value)[:MAX_PARAM])
-        return str(run.info.run_id)
+        return str(self._client.create_run(name, run_name=title, tags=tags).info.run_id)
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
