@@ -125,8 +125,10 @@ class Feed:
             except (NotAuthenticated, NotAllowed) as error:
                 self.refused = error
                 return
-            except MedHiveError:
-                pass  # it restarts, or the line is down: what was missed comes after the last number seen
+            except (MedHiveError, OSError, ValueError):
+                # It restarts, the line was cut within a row, or a file of CAs is being exchanged: what was missed comes
+                # after the last number seen.
+                pass
             self._stop.wait(RECONNECT_S)
 
     def _read(self) -> None:
