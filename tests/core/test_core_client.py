@@ -12,7 +12,15 @@ import pytest
 
 from medhive import client, errors
 from medhive.client import KNOWN_ERRORS, GatewayClient, RemoteError, Trust, introduce
-from medhive.errors import DigestMismatch, IncompatibleVersion, InvalidInput, MedHiveError, Unavailable, Unreachable
+from medhive.errors import (
+    DigestMismatch,
+    IncompatibleVersion,
+    InvalidInput,
+    MedHiveError,
+    NoSpace,
+    Unavailable,
+    Unreachable,
+)
 from medhive.signing import SigningKey, sign
 from medhive.version import OLDEST_PROTOCOL, PROTOCOL, PROTOCOL_HEADER, SOFTWARE_HEADER
 from medhive.wire import API, AddressTrust, CoordinatorAnswer, IntroductionBody
@@ -123,6 +131,14 @@ def test_a_proxy_whose_gateway_is_away_is_waited_for(address: Address, status: i
     with GatewayClient(address.url, Trust()) as gateway, pytest.raises(Unavailable) as caught:
         gateway.get(f"{API}/sites")
     assert isinstance(caught.value, Unreachable) and caught.value.data["status"] == status
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_download_to_a_full_disk_is_named(address: Address, tmp_path: Path) -> None:
+    address.body = HTML
+    (tmp_path / "model.part").symlink_to("/dev/full")
+    with GatewayClient(address.url, Trust()) as gateway, pytest.raises(NoSpace, match="disk is full"):
+        gateway.download(f"{API}/x", tmp_path / "model", "0" * 64, max_bytes=len(HTML))
 
 
 def test_another_page_than_a_problem_is_nobodys_named_error(address: Address) -> None:

@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from medhive import packing
 from medhive.errors import MedHiveError, NoSpace, NotFound
+from medhive.leftovers import disk_errors
 from medhive.packing import (
     CorruptWeights,
     FlatWriter,
@@ -219,10 +220,10 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with (
         Path("/dev/full").open("wb", buffering=0) as full,
         pytest.raises(NoSpace, match="disk is full"),
-        packing._disk_errors(tmp_path / "m"),
+        disk_errors(tmp_path / "m"),
     ):
         full.write(b"x")
-    with pytest.raises(PermissionError), packing._disk_errors(tmp_path / "m"):
+    with pytest.raises(PermissionError), disk_errors(tmp_path / "m"):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 

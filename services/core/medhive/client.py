@@ -30,6 +30,7 @@ from medhive.errors import (
     Unavailable,
     Unreachable,
 )
+from medhive.leftovers import disk_errors
 from medhive.sealing import SEAL_HEADER, WANTED, SiteSealing, plain_length
 from medhive.version import (
     MAX_SOFTWARE,
@@ -273,6 +274,7 @@ class GatewayClient:
 
         Raises:
             DigestMismatch: the bytes are not what was announced; the partial file is deleted.
+            NoSpace: the disk is full; what has come is kept.
             TooLarge: more than `max_bytes`.
             SealBroken, BadSignature: somebody on the way has changed what was sealed; what came before it is kept.
         """
@@ -323,7 +325,7 @@ class GatewayClient:
             resumed = answer.status_code == httpx.codes.PARTIAL_CONTENT
             start = have if resumed else 0
             total = start + int(answer.headers.get("Content-Length", 0))
-            with part.open("ab" if resumed else "wb") as file:
+            with disk_errors(part), part.open("ab" if resumed else "wb") as file:
                 return _copy(answer.iter_bytes(READ_BYTES), file, start, total, max_bytes, on_progress)
 
     def _download_sealed(  # noqa: PLR0917
@@ -339,7 +341,7 @@ class GatewayClient:
                 _raise_problem(answer)
             pieces = opener_of(answer.headers.get(SEAL_HEADER)).opened(answer.iter_raw(READ_BYTES))
             total = have + plain_length(int(answer.headers.get("Content-Length", 0)))
-            with part.open("ab") as file:
+            with disk_errors(part), part.open("ab") as file:
                 return _copy(pieces, file, have, total, max_bytes, on_progress)
 
     def upload(

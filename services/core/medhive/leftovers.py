@@ -4,11 +4,16 @@ Whatever must appear whole or not at all is written beside its place under a nam
 takes away again. One that was killed cannot; so each service tidies up when it starts.
 """
 
+import errno
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+
+from medhive.errors import NoSpace
 
 SUFFIX: Final = ".tmp"
 LEFTOVER_AGE_S: Final = 3600.0
@@ -54,3 +59,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk into `NoSpace`; other failures of the operating system pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"The disk is full: {path.name} could not be written. Free some space.") from error
+        raise

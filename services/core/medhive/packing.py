@@ -10,7 +10,6 @@ equal digests. Any safetensors library reads these files.
 Format: https://github.com/huggingface/safetensors#format
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -26,8 +25,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from medhive.errors import InvalidInput, MedHiveError, NoSpace, NotFound
-from medhive.leftovers import sync_folder, temporary_beside
+from medhive.errors import InvalidInput, MedHiveError, NotFound
+from medhive.leftovers import disk_errors, sync_folder, temporary_beside
 
 Flat = NDArray[np.float32]
 
@@ -233,7 +232,7 @@ class FlatWriter:
         self._written = 0
 
     def __enter__(self) -> Self:
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self._file = self._temporary.open("xb")
         try:
             self._put(self._header)
@@ -260,14 +259,14 @@ class FlatWriter:
             self._discard()
 
     def _put(self, data: bytes | memoryview) -> None:
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self._file.write(data)
         self._hash.update(data)
 
     def _commit(self) -> None:
         if self._written != self._layout.size:
             raise self._wrong_count()
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -306,7 +305,7 @@ def overwrite_weights(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     leaves anything there. Raises as `write_weights`.
     """
     layout = _packable_layout(arrays)
-    with _disk_errors(path), open(path, "wb", opener=_keeping_content) as file:
+    with disk_errors(path), open(path, "wb", opener=_keeping_content) as file:
         file.write(header_bytes(layout, {}))
         for name in layout.names:
             file.write(_bytes_of(np.ascontiguousarray(arrays[name], FLOAT32).reshape(-1)))
@@ -544,14 +543,3 @@ def _opened(path: Path) -> Iterator[FileIO]:
         raise NotFound(f"There is no file {path.name}.", file=path.name) from error
     with file:
         yield file
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk into `NoSpace`; other failures of the operating system pass as they are."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"The disk is full: {path.name} could not be written. Free some space.") from error
-        raise
