@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 from round_world import HandClock, World
 
-from fl_server.dispatcher import MAX_DEATHS, Dispatcher
-from fl_server.flower import FlowerRun, RunPhase, SuperLink
+from fl_server.dispatcher import MAX_DEATHS, NEWEST_RUNS, Dispatcher
+from fl_server.flower import FlowerRun, FlowerRunNotFound, RunPhase, SuperLink
 from fl_server.nodes import NodeRegistry
 from medhive.client import GatewayClient
 from medhive.errors import Conflict, NotFound, Unreachable
@@ -26,6 +26,8 @@ class Links:
     stopped: list[int] = field(default_factory=list)
     deaf: int = 0
     """So many starts are done without their answer's coming through."""
+    tidied: int = 0
+    """Runs that are over and were listed: each is work for Flower, each time."""
 
     def start_run(self, config: dict[str, Any]) -> int:
         self.started.append(config)
@@ -35,9 +37,16 @@ class Links:
             raise Unreachable("The SuperLink does not answer.")
         return len(self.started)
 
-    def runs(self) -> dict[int, FlowerRun]:
-        config = {number: self.started[number - 1] for number in self.phases if number <= len(self.started)}
-        return {n: FlowerRun(n, phase, "It broke.", config.get(n, {})) for n, phase in self.phases.items()}
+    def runs(self, newest: int = 1000) -> dict[int, FlowerRun]:
+        found = {number: self.run(number) for number in sorted(self.phases, reverse=True)[:newest]}
+        self.tidied += sum(run.phase.is_over for run in found.values())
+        return found
+
+    def run(self, number: int) -> FlowerRun:
+        if number not in self.phases:
+            raise FlowerRunNotFound("The SuperLink knows no such run.")
+        config = self.started[number - 1] if number <= len(self.started) else {}
+        return FlowerRun(number, self.phases[number], "It broke.", config)
 
     def stop_run(self, number: int) -> bool:
         self.stopped.append(number)
@@ -223,6 +232,19 @@ def test_after_the_superexecs_death_all_processes_are_started_anew(scene: Scene)
     dispatcher.restart_all()
     scene.pass_time(dispatcher, 2)
     assert (scene.links.stopped, len(scene.links.started)) == ([1], 2)
+
+
+def test_runs_of_the_past_cost_nothing_and_hide_none_that_is_on(scene: Scene) -> None:
+    dispatcher = scene.dispatcher()
+    scene.pass_time(dispatcher, 2)
+    scene.links.phases |= dict.fromkeys(range(2, 500), RunPhase.COMPLETED)
+    scene.links.tidied = 0
+    scene.pass_time(dispatcher, 10)
+    assert scene.links.tidied <= 10 * NEWEST_RUNS
+    assert [held.flower_run for held in dispatcher.held] == [1]
+    scene.links.phases[1] = RunPhase.FAILED
+    scene.pass_time(dispatcher, 10, starts=2)
+    assert len(scene.links.started) == 2, "its end is seen as well"
 
 
 def test_no_more_runs_than_allowed_are_leased(scene: Scene) -> None:

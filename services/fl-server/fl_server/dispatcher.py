@@ -8,6 +8,7 @@ restarted service goes on with its own runs at once instead of waiting until its
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,9 @@ GOODBYE_S = 10.0
 FIRST_WAIT_S = 1.0
 """Before a process that died is started again; doubled with every death."""
 REASON_LENGTH = 500
+NEWEST_RUNS = 10
+"""Looked at in each pass; others of ours are asked for one by one. Whenever Flower lists a run that has ended it tidies up
+after it, in 2 ms of processor time: with some hundred runs behind it, it would do little else."""
 
 log = structlog.get_logger()
 
@@ -147,10 +151,19 @@ class Dispatcher:
             if self._monotonic() >= held.beat_at:
                 self._beat(held)
         self._take_leases()
-        runs = self._superlink.runs() if self._held or self._ending else {}
+        runs = self._processes() if self._held or self._ending else {}
         self._end_stragglers(runs)
         for held in list(self._held.values()):
             self._attend(held, runs)
+
+    def _processes(self) -> dict[int, FlowerRun]:
+        """What the SuperLink says of our runs' processes, and of the newest ones."""
+        runs = self._superlink.runs(NEWEST_RUNS)
+        ours = {*self._ending, *(held.flower_run for held in self.held if held.flower_run is not None)}
+        for number in ours - runs.keys():
+            with suppress(FlowerRunNotFound):
+                runs[number] = self._superlink.run(number)
+        return runs
 
     # ---- leases ----------------------------------------------------------------------------------------------------
 

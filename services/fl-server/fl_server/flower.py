@@ -382,9 +382,9 @@ class SuperLink:
             raise SuperLinkRefused("The SuperLink did not accept MedHive's bundle.")
         return int(answer.run_id)
 
-    def runs(self) -> dict[int, FlowerRun]:
-        """The newest runs, by Flower's number."""
-        answer = self._call(self._control.ListRuns, ListRunsRequest(limit=LISTED_RUNS))
+    def runs(self, newest: int = LISTED_RUNS) -> dict[int, FlowerRun]:
+        """The newest runs, so many at most, by Flower's number."""
+        answer = self._call(self._control.ListRuns, ListRunsRequest(limit=newest))
         return {number: _flower_run(run) for number, run in answer.run_dict.items()}
 
     def run(self, flower_run: int) -> FlowerRun:
