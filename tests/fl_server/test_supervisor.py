@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from waiting import DEADLINE_S, until
 
 from fl_server.flower import Command
 from fl_server.locking import FolderInUse, FolderLock
+from fl_server.reports import round_line
 from fl_server.settings import BadSettings, ServerSettings
 from fl_server.supervisor import (
     FIRST_WAIT_S,
@@ -25,7 +27,8 @@ from fl_server.supervisor import (
     Supervisor,
     require_free_port,
 )
-from medhive.wire import LeaseRequest
+from medhive.states import RoundState
+from medhive.wire import LeaseRequest, RoundReport, SiteRound
 
 Said = list[tuple[str, str]]
 
@@ -96,6 +99,17 @@ def test_lines_for_people_go_to_standard_output_and_no_line_is_endless() -> None
         relay("superexec", line)
     assert out.getvalue() == "round 1/2: 3 of 3 sites answered\n"
     assert err.getvalue().splitlines() == [event, json.dumps({"event": "quiet"})]
+
+
+def test_the_end_of_a_round_that_left_out_many_sites_is_one_line_and_counts() -> None:
+    reason = "\u533b" * 300  # six bytes a letter in a JSON line
+    sites = tuple(SiteRound(site=f"site-{number}", dropped=reason) for number in range(500))
+    report = RoundReport(fence=0, state=RoundState.CLOSED, opened_at=datetime.now(UTC), sites=sites)
+    event = {"event": "round.closed", "seconds": 1.0, "overhead_s": 0.5, "text": round_line(1, 9, report)}
+    counted: list[str] = []
+    line = json.dumps(event)[: MAX_LINE - 500]  # what else stands in it
+    Relay(io.StringIO(), io.StringIO(), lambda event: counted.append(event["event"]))("superexec", line)
+    assert counted == ["round.closed"]
 
 
 def test_a_line_and_its_end_are_one_write() -> None:

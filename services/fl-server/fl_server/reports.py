@@ -17,6 +17,10 @@ OF_SITES, OF_TEST_SETS = "val_", "test_"
 SHOWN = ("val_accuracy", "test_accuracy", "train_loss")
 """What a line for people says of a round."""
 
+LINE_LENGTH = 1000
+"""Of a round's line, whose beginning says most; the record names every site. An event of more than 8 KiB, where a letter may
+take six bytes, is neither shown nor counted."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -142,7 +146,8 @@ def round_line(number: int, rounds: int, report: RoundReport) -> str:
     parts.append(f"{report.seconds:.1f} s")
     everybody = (*report.sites, *report.evaluators)
     parts += [f"{site.site} dropped ({site.dropped})" for site in everybody if site.dropped]
-    return ", ".join(parts)
+    line = ", ".join(parts)
+    return line if len(line) <= LINE_LENGTH else f"{line[:LINE_LENGTH]}..."
 
 
 def end_line(run_id: str, end: RunEnd) -> str:
