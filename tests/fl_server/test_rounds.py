@@ -26,6 +26,8 @@ from medhive.states import Activity, RoundState, RunState
 from medhive.version import OLDEST_PROTOCOL, PROTOCOL
 from medhive.wire import NodeAnswer, RunEnd
 
+MAX_JSON_BYTES = 1024 * 1024
+"""What the gateway takes of a body."""
 TRAIN, EVALUATE, INITIALISE, STATISTICS = TaskType.TRAIN, TaskType.EVALUATE, TaskType.INITIALISE, TaskType.STATISTICS
 
 
@@ -251,6 +253,22 @@ def test_what_is_refused_without_a_rounds_report_is_told_at_the_end(tmp_path: Pa
     end = stopped.run()
     assert end.state == "cancelled"
     assert [item.site for item in end.refusals] == ["b"] * 3
+
+
+def test_reports_of_many_sites_and_classes_are_no_longer_than_the_gateway_takes(tmp_path: Path) -> None:
+    classes = tuple(f"class {number}" for number in range(220))
+    world = World(tmp_path, {"rounds": 1}, names=tuple("abcdefghijkl"), data=StudyData(classes=classes))
+    matrix = [[int(row == column) for column in range(len(classes))] for row in range(len(classes))]
+    metrics = {"val_accuracy": 0.5} | {f"val_recall/{name}": 0.25 for name in classes}
+    for site in world.sites.values():
+        for kind in (TRAIN, EVALUATE):
+            site.changes[kind, 1] = lambda _, __, b: b.model_copy(update={"metrics": metrics, "confusion": matrix})
+    end = world.run()
+    report = world.desk.reported[1]
+    assert max(len(report.model_dump_json()), len(end.model_dump_json())) < MAX_JSON_BYTES
+    assert [site.metrics["val_accuracy"] for site in (*report.sites, *end.sites)] == [0.5] * 24
+    assert report.metrics[f"val_recall/{classes[-1]}"] == 0.25
+    assert end.confusion[3][3] == 12
 
 
 def test_metric_names_that_no_task_reports_are_left_out(tmp_path: Path) -> None:

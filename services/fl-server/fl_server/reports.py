@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 from fl_server.cohort import NO_CONSENT
 from fl_server.collect import Answer, Collected
-from fl_server.pooling import Scores, pooled_confusion, pooled_metrics
+from fl_server.pooling import RECALL, Scores, pooled_confusion, pooled_metrics
 from medhive.states import RoundState
 from medhive.wire import NOT_ADDRESSED, Refusal, RoundReport, RunEnd, SiteRound
 
@@ -17,9 +18,13 @@ OF_SITES, OF_TEST_SETS = "val_", "test_"
 SHOWN = ("val_accuracy", "test_accuracy", "train_loss")
 """What a line for people says of a round."""
 
+REPORT_BYTES = 256 * 1024
+"""The gateway takes a body of 1 MiB, and gives out all rounds of a run in one answer."""
 LINE_LENGTH = 1000
 """Of a round's line, whose beginning says most; the record names every site. An event of more than 8 KiB, where a letter may
 take six bytes, is neither shown nor counted."""
+
+Report = TypeVar("Report", RoundReport, RunEnd)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def round_report(
     """
     answered = [site for site in sites if site.answered]
     slowest = max((site.training_s for site in (*answered, *evaluators)), default=0.0)
-    return RoundReport(
+    report = RoundReport(
         fence=0,
         state=state,
         opened_at=timing.opened_at,
@@ -99,6 +104,29 @@ def round_report(
         refusals=refusals,
         weights_digest=digest,
     )
+    return fitting(report)
+
+
+def fitting(report: Report) -> Report:
+    """The same, and where it is too long without the sites' own matrices, or then without their recalls, one for each class.
+
+    What is of all sites together stays, and so does every site with its other figures.
+    """
+    for lighter in (_without_matrix, _without_recalls):
+        if len(report.model_dump_json()) <= REPORT_BYTES:
+            break
+        rows = {name: tuple(map(lighter, getattr(report, name))) for name in ("sites", "evaluators")}
+        report = report.model_copy(update=rows)
+    return report
+
+
+def _without_matrix(site: SiteRound) -> SiteRound:
+    return site.model_copy(update={"confusion": []})
+
+
+def _without_recalls(site: SiteRound) -> SiteRound:
+    kept = {name: value for name, value in site.metrics.items() if not name.startswith(RECALL)}
+    return site.model_copy(update={"metrics": kept})
 
 
 def metrics_of(trained: Sequence[Scores], judged: Sequence[Scores], classes: Sequence[str]) -> dict[str, float]:

@@ -38,6 +38,7 @@ from fl_server.reports import (
     confusion_of,
     end_line,
     final_sites,
+    fitting,
     metrics_of,
     round_line,
     round_report,
@@ -420,7 +421,7 @@ class RunLoop:
         asked = self._ask(question, present.sites, self._check_evaluation)
         collected, judged = asked.apart(self._evaluators)
         scores = scores_of(collected, self._classes)
-        return RunEnd(
+        end = RunEnd(
             fence=self._desk.fence,
             state="completed",
             reason="" if scores else "No site judged the final weights.",
@@ -432,6 +433,7 @@ class RunLoop:
             refusals=self._take_refusals(),
             statistics=last.statistics,
         )
+        return fitting(end)
 
     def _check_evaluation(self, body: ContributionBody, _: Path | None) -> Answer:
         Scores.of(body, self._classes)
