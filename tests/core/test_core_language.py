@@ -1,5 +1,6 @@
 """States, specification, envelopes and versions: the words that both sides share."""
 
+import math
 from datetime import UTC, datetime
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from medhive import states
 from medhive.envelope import (
     MAX_ENVELOPE_BYTES,
+    MAX_MATRIX_CLASSES,
     Contribution,
     ContributionBody,
     Task,
@@ -14,11 +16,12 @@ from medhive.envelope import (
     TaskType,
     check_contribution_envelope,
     from_bytes,
+    matrix_to_send,
     to_bytes,
 )
 from medhive.errors import BadSignature, IllegalTransition, InvalidInput, TooLarge
 from medhive.signing import SigningKey, sign
-from medhive.spec import Privacy, RunSpec, StudyData, TableFormat, build_options
+from medhive.spec import MAX_CLASSES, MAX_COLUMNS, Privacy, RunSpec, StudyData, TableFormat, build_options
 from medhive.states import RUN_TRANSITIONS, RunState, require_transition
 from medhive.version import PROTOCOL
 
@@ -111,6 +114,19 @@ def test_envelopes_survive_the_wire() -> None:
     answer = sign(contribution(), key)
     read = from_bytes(Contribution, to_bytes(answer))
     assert check_contribution_envelope(read, key.public, task()) == contribution()
+
+
+def test_what_the_largest_studies_say_fits_an_envelope() -> None:
+    """Of as many classes and columns as a study may have: the sites would train, and could not answer."""
+    key, numbers = SigningKey.generate(), [math.pi * 10**6] * MAX_COLUMNS
+    sums = {"examples": [500.0], "present": [500.0] * MAX_COLUMNS, "sum": numbers, "sum_of_squares": numbers}
+    to_bytes(sign(task(statistics=sums), key))
+    to_bytes(sign(contribution(statistics=sums), key))
+    for classes in (MAX_MATRIX_CLASSES, MAX_CLASSES):
+        matrix = matrix_to_send([[int(row == column) for column in range(classes)] for row in range(classes)])
+        recalls = {f"val_recall/class number {number}": math.pi / 10 for number in range(classes)}
+        to_bytes(sign(contribution(metrics=recalls, confusion=matrix), key))
+        assert bool(matrix) == (classes == MAX_MATRIX_CLASSES)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from medhive.signing import Signed, SignedBody, VerifyKey
 from medhive.spec import Digest, Name, explain
 from medhive.version import require_compatible
 
-# Metrics of a thousand classes fit; a picture in disguise does not.
-MAX_ENVELOPE_BYTES = 256 * 1024
+# The sums over the widest table fit, and the metrics of a thousand classes. The way in for nodes' messages takes twice that.
+MAX_ENVELOPE_BYTES = 512 * 1024
+# The most classes of which a confusion matrix fits; it grows with their square.
+MAX_MATRIX_CLASSES = 400
 
 
 class TaskType(StrEnum):
@@ -159,6 +161,11 @@ def _outline(kind: type[Outline], raw: bytes) -> Outline:
 def _limit(size: int) -> None:
     if size > MAX_ENVELOPE_BYTES:
         raise TooLarge(f"The envelope has {size} bytes; the limit is {MAX_ENVELOPE_BYTES}.", size_bytes=size)
+
+
+def matrix_to_send(confusion: list[list[int]]) -> list[list[int]]:
+    """A confusion matrix, or none where it would not fit: then each class's recall says what can be said."""
+    return confusion if len(confusion) <= MAX_MATRIX_CLASSES else []
 
 
 def check_contribution_envelope(envelope: Contribution, key: VerifyKey, task: TaskBody) -> ContributionBody:

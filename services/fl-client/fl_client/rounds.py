@@ -25,7 +25,7 @@ from fl_client.local_round import Memory, memory_file, needed_memory, newest_mem
 from fl_client.site import Site
 from fl_client.store import Reply
 from fl_client.trainer import Trainer
-from medhive.envelope import Contribution, ContributionBody, TaskType, from_bytes, to_bytes
+from medhive.envelope import Contribution, ContributionBody, TaskType, from_bytes, matrix_to_send, to_bytes
 from medhive.errors import IncompatibleVersion, MedHiveError, NoSpace, Unreachable
 from medhive.signing import sign
 from medhive.states import FINAL_RUN_STATES, Activity
@@ -252,7 +252,7 @@ class Worker:
             rate_sum=result.get("rate_sum", 0.0),
             metrics={name: value for name, value in result.get("metrics", {}).items() if math.isfinite(value)},
             statistics=result.get("statistics", {}),
-            confusion=result.get("confusion", []),
+            confusion=matrix_to_send(result.get("confusion", [])),
             training_s=result.get("training_s", 0.0),
             issued_at=self._site.now(),
         )
