@@ -1,5 +1,6 @@
 """The trainer: one warm child, several runs in turn, and what becomes of them when it dies."""
 
+import errno
 import math
 import os
 import signal
@@ -36,7 +37,7 @@ from fl_client.jobs import (
 from fl_client.limits import SMALLEST_MEMORY_BYTES, Limits
 from fl_client.store import Store
 from fl_client.trainer import Ticket, Trainer, child_environment
-from medhive.errors import InvalidInput
+from medhive.errors import InvalidInput, NoSpace
 from medhive.packing import read_weights, sha256_file, write_weights
 
 DEADLINE_S = 60.0
@@ -198,7 +199,10 @@ def test_less_memory_than_the_libraries_need_is_refused(tmp_path: Path) -> None:
 
 
 # A child that says that it has come up, and takes its first command.
-UP = "import json, sys, time\nprint(json.dumps({'say': 'ready', 'id': ''}), flush=True)\njob = json.loads(input())['job']\n"
+UP = (
+    "import json, sys, time\nprint(json.dumps({'say': 'ready', 'id': ''}), flush=True)\n"
+    "job = json.loads(sys.stdin.readline())['job']\n"
+)
 LOADING = "print(json.dumps({'say': 'loading', 'id': job['id']}), flush=True)\n"
 HANGING = "import time; time.sleep(3600)\n"
 
@@ -219,7 +223,9 @@ def test_a_child_that_does_not_come_up_is_ended_and_tried_again(
     monkeypatch.setattr(Trainer, "_spawn", counted)
     with Trainer(lambda: ONE_THREAD, (sys.executable, "-c", script), start_deadline_s=1.0) as trainer:
         with pytest.raises(JobFailed, match="did not come up within 1 s") as caught:
-            trainer.run(Job(id="check", kind=JobKind.CHECK, source=images))
+            # Longer than a pipe holds, which such a child does not empty.
+            paths = tuple(images.data_dir / f"{number:0100}" for number in range(2000))
+            trainer.run(Job(id="check", kind=JobKind.CHECK, source=images, paths=paths))
         assert trainer._rest_s > fl_client.trainer.FIRST_REST_S, "each rest is longer than the one before"
     assert caught.value.cause_code == "trainer-stuck"
     assert len(spawned) >= 2
@@ -408,6 +414,58 @@ def test_a_child_that_cannot_start_fails_its_jobs(tmp_path: Path, images: Source
         with pytest.raises(JobFailed) as caught:
             ticket.result()
     assert caught.value.cause_code == "trainer-crashed"
+
+
+DONE = UP + "print(json.dumps({'say': 'finished', 'id': job['id'], 'result': {'x': 1}}), flush=True)\n"
+
+
+def test_what_cannot_be_started_is_tried_again(images: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fl_client.trainer, "FIRST_REST_S", 0.01)
+    problems: list[Exception] = [NoSpace("full"), OSError(errno.ENOMEM, "Cannot allocate memory")]
+
+    def limits() -> Limits:
+        if problems:
+            raise problems.pop()
+        return ONE_THREAD
+
+    job = Job(id="check", kind=JobKind.CHECK, source=images)
+    with Trainer(limits, (sys.executable, "-c", DONE)) as trainer:
+        ticket = trainer.submit(job)
+        assert ticket.wait(DEADLINE_S)
+        assert ticket.result() == {"x": 1}
+    with Trainer(lambda: ONE_THREAD, ("/nowhere/python",)) as trainer:
+        ticket = trainer.submit(job)
+        assert ticket.wait(DEADLINE_S)
+        with pytest.raises(JobFailed, match=r"cannot be started .*/nowhere/python") as caught:
+            ticket.result()
+    assert caught.value.cause_code == "trainer-crashed"
+
+
+def test_a_listener_that_fails_ends_no_job(images: Source) -> None:
+    def listen(_event: JobEvent) -> None:
+        raise BrokenPipeError("the terminal was closed")
+
+    with Trainer(lambda: ONE_THREAD, (sys.executable, "-c", DONE)) as trainer:
+        for name in ("first", "second"):
+            ticket = trainer.submit(Job(id=name, kind=JobKind.CHECK, source=images), listen)
+            assert ticket.wait(DEADLINE_S)
+            assert ticket.result() == {"x": 1}
+
+
+def test_a_result_that_is_too_long_is_said_to_be(tmp_path: Path) -> None:
+    source = source_of(tmp_path, "tabular")
+    script = "import fl_client.child as child\nchild.MAX_LINE_BYTES = 4000\nchild.main()\n"
+    with Trainer(lambda: ONE_THREAD, (sys.executable, "-c", script)) as trainer:
+        make_base(trainer, source, tmp_path)
+        weights = {"base": tmp_path / "base.safetensors"}
+        paths = tuple(source.data_dir.rglob("*.csv"))
+        ticket = trainer.submit(
+            Job(id="predict", kind=JobKind.PREDICT, source=source, device="cpu", weights=weights, paths=paths)
+        )
+        assert ticket.wait(DEADLINE_S)
+        with pytest.raises(JobFailed, match="more than 4000 bytes; ask for it in parts") as caught:
+            ticket.result()
+    assert caught.value.cause_code == "too-large"
 
 
 def test_closing_ends_the_child_and_every_job(images: Source, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ from fl_client.tasks import (
     load_task,
 )
 from fl_client.uncompiled import leave_out_the_compiler
-from medhive.errors import InvalidInput, MedHiveError, NoSpace
+from medhive.errors import InvalidInput, MedHiveError, NoSpace, TooLarge
 from medhive.packing import read_weights, write_weights
 
 # How long one run trains before the next one has its turn: long against a step, short against a round.
@@ -492,6 +492,17 @@ def read_commands(source: IO[bytes], trainer: Trainer) -> None:
     os._exit(0)
 
 
+def line_of(event: JobEvent) -> bytes:
+    """An event as the parent reads it; one that is too long for that as the failure that it is."""
+    line = event.model_dump_json().encode() + b"\n"
+    if len(line) <= MAX_LINE_BYTES:
+        return line
+    text = (
+        f"The result takes more than {MAX_LINE_BYTES} bytes; ask for it in parts, such as fewer files or rows at once."
+    )
+    return line_of(Failed(id=event.id, code=TooLarge.code, message=text))
+
+
 def give_way() -> None:
     """Let this process have what processor time others leave."""
     if hasattr(os, "nice"):
@@ -514,7 +525,7 @@ def main() -> None:
 
     def tell(event: JobEvent) -> None:
         with lock, suppress(BrokenPipeError):
-            answers.write(event.model_dump_json().encode() + b"\n")
+            answers.write(line_of(event))
             answers.flush()
 
     trainer = Trainer(tell)

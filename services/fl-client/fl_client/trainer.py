@@ -34,6 +34,7 @@ from fl_client.jobs import (
     Loading,
     OutOfMemory,
     Pause,
+    Ready,
     Start,
     Started,
     TrainerCrashed,
@@ -50,7 +51,8 @@ CLOSE_GRACE_S = 2.0
 # A child comes up, and loads its libraries, within seconds; giving way to all else on a busy machine, within minutes. One
 # that has too little memory may search for more until the end of time instead of failing.
 START_DEADLINE_S = 600.0
-# Rest before a child that was stuck is started again, doubled each time: what it lacked may come back meanwhile.
+# Rest before a child that was stuck, or could not be started, is started again, doubled each time: what it lacked may come
+# back meanwhile.
 FIRST_REST_S, LONGEST_REST_S = 2.0, 60.0
 # Secrets of the parent's environment that the trainer has no use for.
 SECRETS = ("JOIN_TOKEN", "PACS_PASSWORD", "PACS_TOKEN")
@@ -132,6 +134,7 @@ class Trainer:
         self._process: subprocess.Popen[bytes] | None = None
         self._applied: Limits | None = None
         self._paused = False
+        self._ready = False
         self._killed_on_purpose = False
         self._fruitless = 0
         self._starts = 0
@@ -237,13 +240,25 @@ class Trainer:
                 self._change.wait_for(lambda: self._closed, timeout=self._rest_s)
                 if self._closed:
                     return
-                process = self._spawn()
-                self._send_waiting()
+                process = self._started()
+            if process is None:
+                continue
             answers = process.stdout
             if answers is not None:
                 self._listen(answers)
             process.wait()
             self._bury(process)
+
+    def _started(self) -> subprocess.Popen[bytes] | None:
+        """A new child; None where the machine has no room for one now, or the limits cannot be read."""
+        try:
+            return self._spawn()
+        except Exception as error:
+            # The outermost loop of this thread, without which every job would wait for ever.
+            log.exception("trainer.not-started")
+            self._rest_s = _longer(self._rest_s)
+            self._blame([], partial(_not_started, error=error))
+            return None
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         limits = self._limits()
@@ -260,6 +275,7 @@ class Trainer:
         )
         self._starts += 1
         self._process, self._applied, self._killed_on_purpose = process, limits, False
+        self._ready = False
         self._arm(process)
         if self._paused:
             self._tell(Pause(paused=True))
@@ -305,17 +321,27 @@ class Trainer:
                 self._arm(self._process)
             else:
                 self._disarm()
+            if isinstance(event, Ready):
+                self._ready = True
+                self._send_waiting()
             ticket = self._tickets.get(event.id)
             if ticket is None:
                 return
             if isinstance(event, Loading | Started):
                 ticket.started = True
                 self._fruitless = 0
-        ticket.listener(event)
+        self._tell_listener(ticket, event)
         if isinstance(event, Finished | Failed):
             with self._change:
                 self._settle(ticket, event)
                 self._send_waiting()
+
+    def _tell_listener(self, ticket: Ticket, event: JobEvent) -> None:
+        try:
+            ticket.listener(event)
+        except Exception:
+            # Whoever cannot hear misses it, such as a terminal that was closed; with this thread the child would die.
+            log.exception("trainer.unheard", job=ticket.job.id)
 
     def _bury(self, process: subprocess.Popen[bytes]) -> None:
         """Decide what becomes of the jobs of a child that has ended."""
@@ -323,7 +349,7 @@ class Trainer:
             self._process = None
             self._disarm()
             stuck, self._stuck = self._stuck, False
-            self._rest_s = min(2 * self._rest_s or FIRST_REST_S, LONGEST_REST_S) if stuck else 0.0
+            self._rest_s = _longer(self._rest_s) if stuck else 0.0
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     with contextlib.suppress(OSError):
@@ -363,8 +389,11 @@ class Trainer:
         ticket.settle(outcome)
 
     def _send_waiting(self) -> None:
-        """Send what the child has not been told; while something is suspected of killing children, that alone."""
-        if self._process is None:
+        """Send what the child has not been told; while something is suspected of killing children, that alone.
+
+        Only to one that has come up: another does not read yet, and whoever waits for it here could not end it.
+        """
+        if self._process is None or not self._ready:
             return
         suspects = [ticket for ticket in self._tickets.values() if ticket.suspect]
         if any(ticket.sent for ticket in suspects):
@@ -398,6 +427,15 @@ def child_environment(own: Mapping[str, str], limits: Limits) -> dict[str, str]:
     if limits.memory_bytes is not None:
         environment.update(FEW_ARENAS)
     return environment
+
+
+def _longer(rest_s: float) -> float:
+    return min(2 * rest_s or FIRST_REST_S, LONGEST_REST_S)
+
+
+def _not_started(ticket: Ticket, error: Exception) -> Failed:
+    text = f"The trainer cannot be started ({error}); free memory or disk space on this machine, and try again."
+    return Failed(id=ticket.job.id, code=TrainerCrashed.code, message=text)
 
 
 def _death_of(ticket: Ticket, returncode: int) -> Failed:
