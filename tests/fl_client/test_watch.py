@@ -12,7 +12,7 @@ from site_world import DEADLINE_S, Running, World, running, wait_for
 
 from fl_client import consents, updates
 from fl_client.consents import DataCheck
-from fl_client.events import Connected, ConsentWanted, NodeEvent, RunFinished, VersionArrived
+from fl_client.events import Connected, ConsentWanted, NodeEvent, Problem, RunFinished, VersionArrived
 from fl_client.site import Site
 from fl_client.trainer import Trainer
 from fl_client.watch import Touched, Watch
@@ -157,6 +157,25 @@ def test_an_export_that_could_not_be_looked_at_is_looked_at_later(
             watch.follow()
     watch.follow()
     assert looked == [7]
+
+
+def test_a_version_that_cannot_be_kept_stops_nothing_else(world: World, site: Site) -> None:
+    seen: list[NodeEvent] = []
+    watch = Watch(site, NO_TRAINER, seen.append, lambda _name, _work: None)
+    folder, aside = site.folder("models") / "heart", site.folder("models") / "aside"
+    if folder.exists():
+        folder.rename(aside)
+    folder.write_text("in the way")
+    release(world, site, 0.4)
+    wanted = world.run("lungs", min_sites=1)
+    watch.look()
+    assert "versions of heart" in [event.what for event in seen if isinstance(event, Problem)]
+    assert wanted.id in [event.run_id for event in seen if isinstance(event, ConsentWanted)]
+    folder.unlink()
+    if aside.exists():
+        aside.rename(folder)
+    watch.look()
+    assert [event.study for event in seen if isinstance(event, VersionArrived)] == ["heart"]
 
 
 def raising(error: Exception) -> Any:

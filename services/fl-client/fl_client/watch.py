@@ -215,8 +215,8 @@ class Watch:
             work()
         except (Unreachable, SiteRevoked):
             raise
-        except MedHiveError as error:
-            log.warning("watch.problem", what=what, reason=error.code)
+        except (MedHiveError, OSError) as error:
+            log.warning("watch.problem", what=what, reason=getattr(error, "code", type(error).__name__))
             self._emit(Problem(what, str(error)))
 
     def _deliver(self) -> None:
