@@ -323,6 +323,9 @@ def test_an_answer_that_is_made_between_two_connections_waits_for_the_second(
         assert not fleet.too_early
 
 
+PATIENCE_S = 20.0  # for what takes no training
+
+
 class LosesTheFirstAnswer(Loopback):
     """The first answer fails with its connection, and only when the next connection has its task again."""
 
@@ -351,6 +354,9 @@ def test_an_answer_that_is_lost_with_its_connection_is_brought_over_the_next(
     run, digest = ready
     with scene.node(LosesTheFirstAnswer()) as node:
         assert node.ask(scene.train(run, digest)).outcome == "ok"
+    with scene.node(LosesTheFirstAnswer()) as node:
+        refused = node.answer(node.send(scene.train(run, digest, protocol=99)), PATIENCE_S).body
+    assert refused.outcome == "refused"
 
 
 def test_rounds_go_upward_only(scene: Scene, ready: tuple[RunAnswer, str], tmp_path: Path) -> None:

@@ -480,7 +480,8 @@ class Node:
         log.warning("task.refused", run_id=body.run_id, round=body.round, reason=error.code)
         self._emit(TaskRefused(body.run_id, body.round, error.code, str(error)))
         payload = to_bytes(answer_without_update(self._site, body, "refused", error.code))
-        self._in_background(f"refusal {inbound.message_id}", lambda: self._send(inbound, payload))
+        # Again, as for answers: the first one may be on its way still, over a connection that has ended meanwhile.
+        self._in_background(f"refusal {inbound.message_id}", lambda: self._send(inbound, payload), again=True)
 
     def _assign(self, order: Order, inbound: Inbound) -> None:
         with self._lock:
