@@ -201,6 +201,11 @@ class GatewayClient:
         timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         return httpx.Client(base_url=self.address, headers=headers, verify=trust.context(), timeout=timeout)
 
+    @property
+    def trust(self) -> Trust:
+        """Whose certificates count."""
+        return self._trust
+
     def use_trust(self, trust: Trust) -> None:
         """Count these certificates from the next exchange on; what is under way ends as it began."""
         self._trust = trust

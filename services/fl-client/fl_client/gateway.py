@@ -223,7 +223,9 @@ class Gateway:
         if self._trust_anew is None or client.address in self._met:
             return
         trust, sealed = self._trust_anew(client.address)
-        client.use_trust(trust)
+        if trust != client.trust:
+            # Not else: what is under way keeps its connection, so that each meeting would leave one open.
+            client.use_trust(trust)
         self._sealed = self._sealed or sealed
         self._met.add(client.address)
 
