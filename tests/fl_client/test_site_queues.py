@@ -22,11 +22,12 @@ from fl_client.gateway import BACK_TO_FIRST_S, Gateway
 from fl_client.identity import detour_since
 from fl_client.jobs import JobEvent, Started
 from fl_client.limits import Limits
-from fl_client.queues import OtherInitialWeights, QueueClient, TrainingPaused
+from fl_client.queues import OtherInitialWeights, QueueClient, TrainingPaused, TrainingUnderWay
 from fl_client.site import Site
 from fl_client.trainer import Trainer
 from medhive.client import Trust
-from medhive.errors import Expired, InvalidInput, NotAllowed, NotFound, Unreachable
+from medhive.errors import Expired, InvalidInput, NotAllowed, NotAuthenticated, NotFound, Unreachable
+from medhive.packing import sha256_file
 from medhive.queues import QueueAnswer, QueueOptions
 from medhive.wire import API
 
@@ -138,6 +139,22 @@ def test_a_pause_holds_here_too(site: Site, trainer: Trainer, check: DataCheck) 
     finally:
         before.save(site.store)
     assert isinstance(site.limits(), Limits)
+
+
+def test_two_trainings_for_a_queue_do_not_mix(site: Site, trainer: Trainer, check: DataCheck) -> None:
+    agreed(site, check)
+    refused: list[str] = []
+
+    def train_beside(event: JobEvent) -> None:
+        # On the supervisor's thread, in the middle of the first one's work.
+        if isinstance(event, Started) and not refused:
+            with pytest.raises(TrainingUnderWay) as caught:
+                QueueClient(site, trainer).train_federated()
+            refused.append(str(caught.value))
+
+    trained = QueueClient(site, trainer).train_federated(train_beside)
+    assert refused == ["Another training for the queue of tumours is under way here; wait for its end."]
+    assert sha256_file(trained.file) == trained.body.content_digest
 
 
 def test_a_withdrawal_stops_the_training_and_takes_out_what_waits(
@@ -314,6 +331,17 @@ def test_the_first_address_is_used_again_when_it_is_back(world: World, site: Sit
         back.cut()
     finally:
         gateway.close()
+
+
+def test_meeting_an_address_again_leaves_no_connection_open(world: World, site: Site) -> None:
+    """As every minute, where the first address does not know this hospital."""
+    trust = site.identity.trust(None)
+    with Gateway((world.stack.url,), trust, lambda _at: None, trust_anew=lambda _address: (trust, False)) as gateway:  # type: ignore[arg-type, return-value]
+        [client] = gateway._clients
+        for _ in range(3):
+            gateway.coordinator()
+            gateway._pass_over(client, NotAuthenticated("not known here"))
+        assert client._former == []
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,11 @@
 """Versions at the hospital: only what the coordinator signed, decided here, and back again."""
 
+import threading
 from collections.abc import Iterator
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from fl_client import consents, updates
 from fl_client.consents import DataCheck
 from fl_client.events import LogRewritten, NodeEvent
 from fl_client.site import Site
+from fl_client.store import KnownVersion
 from fl_client.trainer import Trainer
 from fl_client.watch import Watch
 from medhive.errors import (
@@ -75,6 +80,35 @@ def test_versions_are_fetched_once_and_listed(world: World, site: Site, study: s
     assert (listed.version, listed.accuracy, listed.loss) == (version, 0.5, 0.5)
     assert (listed.state, listed.decision, listed.in_use) == ("candidate", "pending", False)
     assert updates.undecided(site) == [listed]
+
+
+def test_two_programs_that_fetch_a_version_do_not_mix(
+    world: World, site: Site, study: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = answer(world, study, release(world, site, study, 0.5))
+    begun, fetch = threading.Event(), site.gateway.fetch_version
+    beside: list[Future[KnownVersion]] = []
+    travelled: list[int] = []
+
+    def slowly(*words: Any, **more: Any) -> int:
+        begun.set()
+        # The other program has its chance while the first one's bytes are under way.
+        futures.wait(beside, 0.5)
+        return fetch(*words, **more)
+
+    monkeypatch.setattr(site.gateway, "fetch_version", slowly)
+    with Site.open(site.settings) as other, ThreadPoolExecutor(1) as pool:
+        second = other.gateway.fetch_version
+        monkeypatch.setattr(other.gateway, "fetch_version", lambda *w, **m: travelled.append(second(*w, **m)))
+
+        def fetch_beside() -> KnownVersion:
+            begun.wait(10)
+            return updates.fetch_version(other, offered)
+
+        beside.append(pool.submit(fetch_beside))
+        first = updates.fetch_version(site, offered)
+        assert beside[0].result(30) == first
+    assert travelled == [0], "it waited, and found the file"
 
 
 def test_accepting_going_on_and_rolling_back(world: World, site: Site, study: str) -> None:

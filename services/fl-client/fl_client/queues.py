@@ -16,7 +16,7 @@ from typing import Any
 from fl_client.consents import DEFAULT_VALIDITY, QUEUE_CONSENT, DataCheck, bring, check_data, consent_body
 from fl_client.jobs import Job, JobKind, Plan
 from fl_client.policy import PolicyBody, load_policy, objection
-from fl_client.site import Site
+from fl_client.site import Site, one_at_a_time
 from fl_client.store import KnownVersion, Statement
 from fl_client.trainer import Listener, Trainer
 from fl_client.updates import VersionGone, fetch_version
@@ -51,6 +51,12 @@ class TrainingPaused(Conflict):
     """The hospital has paused training, or its hours are over."""
 
     code = "training-paused"
+
+
+class TrainingUnderWay(Conflict):
+    """Another program of this hospital is training for the queue."""
+
+    code = "training-under-way"
 
 
 @dataclass(frozen=True)
@@ -283,6 +289,7 @@ class QueueClient:
         Raises:
             NotAllowed, Expired: this hospital's own consent does not cover it.
             TrainingPaused: the hospital has paused training.
+            TrainingUnderWay: another program of it is training for this queue.
             OtherInitialWeights: version 0 is not what this software makes of the study's seed.
             JobFailed: the training failed, or the data are not those that were consented to.
         """
@@ -292,10 +299,15 @@ class QueueClient:
         consent = valid_queue_consent(site, queue, site.latest_now())
         if not site.limits().may_train(datetime.now()):
             raise TrainingPaused("Training is paused here, or its hours are over; see medhive-site settings.")
-        base = self._base(queue, consent, listener)
         folder = self._folder()
-        result = self._work(queue, self._job(queue, consent, base, folder / "new.safetensors"), listener)
-        return self._kept(queue, base, result, folder)
+        with one_at_a_time(folder / ".train.lock", 0.0) as held:
+            if not held:
+                raise TrainingUnderWay(
+                    f"Another training for the queue of {self.study} is under way here; wait for its end."
+                )
+            base = self._base(queue, consent, listener)
+            result = self._work(queue, self._job(queue, consent, base, folder / "new.safetensors"), listener)
+            return self._kept(queue, base, result, folder)
 
     def send_update_to_server(self, on_progress: Progress | None = None) -> QueueContributionAnswer:
         """Send the update that waits here, going on where an earlier try stopped; returns what the coordinator keeps.

@@ -20,7 +20,7 @@ from fl_client.acceptance import MAX_MODEL_BYTES
 from fl_client.consents import DECISION, send_decision
 from fl_client.jobs import Job, JobKind, Plan
 from fl_client.local_round import Memory, newest_memory
-from fl_client.site import Site
+from fl_client.site import Site, one_at_a_time
 from fl_client.store import ChampionEntry, KnownVersion
 from fl_client.trainer import Listener, Trainer
 from medhive.client import Progress
@@ -34,6 +34,8 @@ from medhive.wire import DecisionBody, Manifest, ManifestBody, VersionAnswer
 
 # How many files one `predict` takes: more belong into several calls, whose results then come in portions.
 MAX_PREDICTED = 100_000
+# Node and commands would write the same file at once. Most versions are there by then; the node looks again by itself.
+FETCH_LOCK, FETCH_PATIENCE_S = ".fetch.lock", 10.0
 CANDIDATE, CHAMPION, LOCAL_ONLY = "candidate", "champion", "local_only"
 
 
@@ -144,6 +146,7 @@ def fetch_version(site: Site, answer: VersionAnswer, on_progress: Progress | Non
         BadSignature, DigestMismatch: it is not what the coordinator signed.
         VersionGone: the coordinator no longer keeps its bytes.
         TooLarge: it is larger than this hospital takes.
+        Conflict: another program of this hospital is fetching one, and takes long.
     """
     manifest = check_manifest(site, answer.manifest, answer.study, answer.version)
     if not answer.bytes_kept:
@@ -153,16 +156,19 @@ def fetch_version(site: Site, answer: VersionAnswer, on_progress: Progress | Non
         )
     if manifest.size_bytes > MAX_MODEL_BYTES:
         raise TooLarge(f"Version {answer.version} is larger than {MAX_MODEL_BYTES} bytes.", limit=MAX_MODEL_BYTES)
-    file = model_file(site, answer.study, answer.version)
-    site.gateway.fetch_version(
-        answer.study,
-        answer.version,
-        file,
-        digest=manifest.digest,
-        size_bytes=manifest.size_bytes,
-        on_progress=on_progress,
-    )
-    _write_manifest(manifest_file(file), answer.manifest)
+    with one_at_a_time(site.folder("models") / FETCH_LOCK, FETCH_PATIENCE_S) as held:
+        if not held:
+            raise Conflict("Another program of this hospital is fetching a version; try again when it has ended.")
+        file = model_file(site, answer.study, answer.version)
+        site.gateway.fetch_version(
+            answer.study,
+            answer.version,
+            file,
+            digest=manifest.digest,
+            size_bytes=manifest.size_bytes,
+            on_progress=on_progress,
+        )
+        _write_manifest(manifest_file(file), answer.manifest)
     site.store.keep_version(file, answer.manifest, answer.state.value)
     return _known(site, answer.study, answer.version)
 
