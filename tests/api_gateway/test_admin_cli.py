@@ -58,14 +58,14 @@ def test_help_answers_at_once_and_loads_nothing_heavy() -> None:
     assert least_seconds(command, {**os.environ}) < HELP_LIMIT_S
     code = "import sys; from api_gateway.admin.__main__ import program; from medhive.terminal import main"
     code += f"; main(program, ['--help']); sys.exit(','.join(set(sys.modules) & set({HEAVY!r})) or 0)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert loaded.stderr == ""
 
 
 def test_without_a_login_it_says_how_to_get_one(tmp_path: Path) -> None:
     env = {**os.environ, "MEDHIVE_ADMIN_CONFIG": str(tmp_path / "none.json")}
     command = [sys.executable, "-m", "api_gateway.admin", "sites"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "Log in with: medhive-admin login" in done.stderr
 
@@ -73,7 +73,7 @@ def test_without_a_login_it_says_how_to_get_one(tmp_path: Path) -> None:
 def test_an_address_where_nobody_is(tmp_path: Path) -> None:
     env = {**os.environ, "MEDHIVE_ADMIN_CONFIG": str(tmp_path / "none.json")}
     command = [sys.executable, "-m", "api_gateway.admin", "login", "localhost:1", "--fingerprint", "00"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "https://localhost:1 does not answer" in done.stderr
 
@@ -261,7 +261,7 @@ def test_a_run_is_followed_from_the_request_to_its_end(world: CommandWorld, tmp_
         aggregator.close_round(1, 0.5, world.sites, {})
         aggregator.close_round(2, 0.75, ["north"], {"south": "late"})
         aggregator.complete(made_weights(tmp_path / "w.safetensors", 1.0), 0.8)
-        out, err = waiting.communicate(timeout=60)
+        out, err = waiting.communicate(timeout=120)
     finally:
         waiting.kill()
     said += err.splitlines()
@@ -288,7 +288,7 @@ def test_watching_a_run_that_fails_is_exit_code_1(world: CommandWorld) -> None:
         aggregator = world.aggregator()
         aggregator.start()
         aggregator.fail("the trial wants it so")
-        out, err = watching.communicate(timeout=60)
+        out, err = watching.communicate(timeout=120)
     finally:
         watching.kill()
     assert first == {"run": run_id, "site": "north", "consent": "granted"}
@@ -384,7 +384,7 @@ def test_the_log_is_verified_and_exported(world: CommandWorld, tmp_path: Path) -
 
 
 def test_a_changed_row_is_found(world: CommandWorld) -> None:
-    with sqlite3.connect(world.stack.gateway_state / "gateway.db") as database:
+    with sqlite3.connect(world.stack.gateway_state / "gateway.db", timeout=60) as database:
         database.execute("UPDATE events SET actor='nobody' WHERE number=3")
     done = fails(world, "audit", "verify")
     assert done.returncode == 1

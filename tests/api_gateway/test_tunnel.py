@@ -15,7 +15,7 @@ import httpx
 import pytest
 from gateway_world import GatewayProcess, World, running_gateway
 from public_address import PublicCa, public_address
-from waiting import until
+from waiting import DEADLINE_S, until
 
 from api_gateway.tunnel import TunnelSettings
 from medhive.client import GatewayClient, Trust
@@ -64,7 +64,7 @@ class TunnelService:
     def stop(self) -> int:
         assert self.process
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(DEADLINE_S)
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ def test_a_tunnel_passes_tls_on_and_is_opened_again_when_it_is_lost(gateway: Gat
         assert introduced(answer, key, "00").fleet_address == first.removeprefix("https://")
         assert shown_to_admins(world, tmp_path) == {"address": first, "address_trust": "pinned"}
         (service.orders / "lose").touch()
-        second = until(lambda: service.address() not in (None, first) and service.address(), "another address", 30)
+        second = until(lambda: service.address() not in (None, first) and service.address(), "another address")
         until(lambda: world.admin.get(f"{API}/tunnel")["address"] == second, "the gateway knows it")
         os.kill(service.agent_pid(), signal.SIGKILL)
-        third = until(lambda: service.address() not in (None, first, second) and service.address(), "a third", 30)
+        third = until(lambda: service.address() not in (None, first, second) and service.address(), "a third")
         with GatewayClient(str(third), gateway.trust) as client:
             assert client.get("/health")["status"] == "alive"
         until(lambda: world.admin.get(f"{API}/tunnel")["address"] == third, "the gateway knows it")
@@ -186,7 +186,7 @@ def test_the_proxys_certificate_carries_the_tunnels_name(gateway: GatewayProcess
     until(lambda: certificate.read_bytes() != before, "a new certificate")
     names = ssl._ssl._test_decode_cert(str(certificate))["subjectAltName"]  # type: ignore[attr-defined]
     assert ("DNS", "here.example.org") in names
-    with httpx.Client(verify=gateway.trust.context()) as client:
+    with httpx.Client(verify=gateway.trust.context(), timeout=60) as client:
         assert client.get(f"{gateway.url}{API}/tunnel").status_code == 401
 
 
@@ -194,11 +194,11 @@ def test_without_a_token_it_says_so_and_ends_well(tmp_path: Path) -> None:
     service = TunnelService(tmp_path / "tunnel", "localhost:1")
     del service.environment["NGROK_AUTHTOKEN"]
     process = service.start().process
-    assert process and process.wait(30) == 0
+    assert process and process.wait(DEADLINE_S) == 0
     assert service.log.read_text() == "no tunnel: NGROK_AUTHTOKEN is not set\n"
     service.environment["NGROK_AUTHTOKEN_FILE"] = str(tmp_path / "missing")
     process = service.start().process
-    assert process and process.wait(30) == 1
+    assert process and process.wait(DEADLINE_S) == 1
     assert "NGROK_AUTHTOKEN_FILE names" in service.log.read_text()
 
 

