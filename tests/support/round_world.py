@@ -5,16 +5,19 @@ summed, checked and compared bit for bit.
 """
 
 import secrets
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
+from fl_server import collect
 from fl_server.collect import Watch
 from fl_server.flower import NodeUnknown, Reply, ReplyError
 from fl_server.hospitals import Hospitals
@@ -39,10 +42,11 @@ class Crash(BaseException):
 
 
 class HandClock:
-    """Time that passes only by waiting; a real moment each time, so that other threads get on."""
+    """Time that passes only by waiting, and stands still while work on other threads is under way, however long it takes."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.work: list[Future[Any]] = []
 
     def now(self) -> datetime:
         return START + timedelta(seconds=self.seconds)
@@ -51,8 +55,22 @@ class HandClock:
         return self.seconds
 
     def sleep(self, seconds: float) -> None:
+        wait(self.work)
+        self.work.clear()
         self.seconds += seconds
-        time.sleep(0.002)
+
+
+class HandPool(ThreadPoolExecutor):
+    """Threads whose work a clock waits for."""
+
+    def __init__(self, clock: HandClock, *words: Any, **named: Any) -> None:
+        super().__init__(*words, **named)
+        self._clock = clock
+
+    def submit(self, *words: Any, **named: Any) -> "Future[Any]":
+        future = super().submit(*words, **named)
+        self._clock.work.append(future)
+        return future
 
 
 Change = Callable[["Hospital", TaskBody, ContributionBody], ContributionBody | bytes | ReplyError | None]
@@ -373,7 +391,8 @@ class World:
             desk=self.desk, exchange=self.exchange, key=self.desk.coordinator, watch=watch, clock=self.clock
         )
         folder = self.folder / "runs" / "RUN_1"
-        return RunLoop(desk=self.desk, sites=hospitals, watch=watch, folder=folder, clock=self.clock).run()
+        with patch.object(collect, "ThreadPoolExecutor", partial(HandPool, self.clock)):
+            return RunLoop(desk=self.desk, sites=hospitals, watch=watch, folder=folder, clock=self.clock).run()
 
     def dropped(self, round_number: int) -> dict[str, str]:
         """Who was dropped from a round, and why."""
