@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,19 @@ def test_a_head_that_never_ends_is_cut_off_though_it_goes_on(world: World) -> No
         assert peer.heard() == b""
         assert time.monotonic() - peer.began < LONG_S
     assert "http.no-head-in-time" in world.gateway.log
+
+
+@pytest.mark.parametrize("line", [b"X-More: %s\r\n" % (b"1" * 8000), b"1" * 8000], ids=["fields", "one field"])
+def test_a_head_without_end_is_cut_off_before_it_takes_memory(world: World, line: bytes) -> None:
+    with Peer(world) as peer:
+        peer.socket.sendall(b"GET /health HTTP/1.1\r\nX-First: ")
+        sent = 0
+        with suppress(OSError):
+            while sent < 100 * 2**20:
+                peer.socket.sendall(line)
+                sent += len(line)
+    assert sent < 20 * 2**20, "what lies in the buffers of two sockets beside the limit"
+    assert "http.head-too-long" in world.gateway.log
 
 
 def test_the_rest_of_a_body_that_nobody_reads_is_no_way_to_stay(world: World) -> None:

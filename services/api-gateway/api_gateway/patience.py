@@ -16,6 +16,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from medhive.errors import TooSlow
 
+MAX_HEAD_BYTES = 256 * 1024  # a manifest of a contribution, the longest that is sent, has a few kilobytes
+
 log = structlog.get_logger(__name__)
 
 
@@ -79,7 +81,8 @@ class HeadGuard(asyncio.Protocol):
     """Put before one of uvicorn's protocols: cuts a connection on which a request does not begin in time.
 
     uvicorn limits only the quiet between two requests, and forgets even that with the first byte of the next one. Here the
-    time runs from the connecting, or from that first byte, until the head is whole.
+    time runs from the connecting, or from that first byte, until the head is whole. uvicorn does not limit a head's length
+    either, and keeps all of it until it ends.
     """
 
     head_s: ClassVar[float]
@@ -87,6 +90,8 @@ class HeadGuard(asyncio.Protocol):
     transport: asyncio.Transport
     cycle: Any
     _deadline: asyncio.TimerHandle | None = None
+    _in_head = False
+    _head_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A peer is there; what it wants it must say soon."""
@@ -95,11 +100,26 @@ class HeadGuard(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Part of a head, or of a body, whose pace is watched where it is read."""
+        went_on = self._in_head
         super().data_received(data)
+        self._head_bytes = self._head_bytes + len(data) if went_on and self._in_head else 0
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._cut("http.head-too-long", limit=MAX_HEAD_BYTES)
+            return
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
         else:
             self._await_head()
+
+    def on_message_begin(self) -> None:
+        """The parser has the first byte of a head."""
+        self._in_head = True
+        super().on_message_begin()  # type: ignore[misc]
+
+    def on_headers_complete(self) -> None:
+        """It has the last one."""
+        self._in_head = False
+        super().on_headers_complete()  # type: ignore[misc]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The peer has gone."""
@@ -108,16 +128,19 @@ class HeadGuard(asyncio.Protocol):
 
     def _await_head(self) -> None:
         if self._deadline is None:
-            self._deadline = self.loop.call_later(self.head_s, self._cut)
+            self._deadline = self.loop.call_later(self.head_s, self._out_of_time)
 
     def _stop_waiting(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _cut(self) -> None:
+    def _out_of_time(self) -> None:
         self._deadline = None
-        log.info("http.no-head-in-time", seconds=self.head_s)
+        self._cut("http.no-head-in-time", seconds=self.head_s)
+
+    def _cut(self, why: str, **facts: float) -> None:
+        log.info(why, **facts)
         # Not closed politely: a peer that does not send does not answer the end of its TLS either.
         self.transport.abort()
 
