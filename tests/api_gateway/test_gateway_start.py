@@ -1,5 +1,6 @@
 """Starting and stopping: what is made once, what is refused in one sentence, and how soon the process is gone."""
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -20,7 +21,7 @@ from gateway_world import GatewayProcess, World, running_gateway
 from old_files import make_old
 from queue_world import Scene
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InternalError, OperationalError
 from waiting import DEADLINE_S, until
 
 from api_gateway import blobs, migrate, models
@@ -233,6 +234,39 @@ def test_gateways_that_start_at_the_same_moment_migrate_once(database: Database)
             compare_metadata(MigrationContext.configure(connection, opts={"compare_type": True}), Base.metadata) == []
         )
         assert connection.execute(text("SELECT id FROM event_head")).scalar_one() == models.HEAD_ROW
+
+
+def beside(database: Database) -> Database:
+    """Another gateway's connections to the same database."""
+    return Database(database.engine.url.render_as_string(hide_password=False))
+
+
+def test_a_writer_waits_for_another_only_so_long(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    migrate.upgrade(database)
+    monkeypatch.setattr("api_gateway.db.BUSY_TIMEOUT_S", 1)
+    with contextlib.closing(beside(database)) as other:
+        with database.write(), pytest.raises(Unavailable), other.write():
+            pytest.fail("two wrote at once")
+        with other.write():
+            pass
+
+
+@pytest.mark.postgres
+def test_a_gateway_that_falls_silent_in_a_change_holds_up_the_others_for_a_moment(
+    empty_postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its machine is cut off, and nobody ends its connection: what it had begun counts for nothing."""
+    with contextlib.closing(Database(empty_postgres.replace("postgresql://", "postgresql+psycopg://"))) as database:
+        migrate.upgrade(database)
+        with contextlib.closing(beside(database)) as silent:
+            unit = silent.write()
+            with monkeypatch.context() as patched:
+                patched.setattr("api_gateway.db.SILENT_S", 1)
+                unit.__enter__()
+            with database.write():
+                pass
+            with pytest.raises(InternalError, match="idle-in-transaction"):
+                unit.__exit__(None, None, None)
 
 
 def test_several_gateways_may_start_at_once(tmp_path: Path) -> None:

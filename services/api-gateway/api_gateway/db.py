@@ -19,12 +19,18 @@ from sqlalchemy.orm import DeclarativeBase, Session
 from medhive.errors import InvalidInput, NoSpace, Unavailable
 
 BUSY_TIMEOUT_S = 30  # a writer waits this long for the others before it gives up; each takes milliseconds
+# PostgreSQL ends a change whose gateway has not been heard of for so long, its machine cut off, say; else the lock that all
+# writers need would be free only when TCP gives up, after two hours.
+SILENT_S = 60
 POOL_CONNECTIONS = 20
 POOL_OVERFLOW = 24  # above the thread pool's forty, so that a thread never waits for a connection
 WRITES = "medhive_writes"
 DISK_FULL = ("disk is full", "no space left", "could not extend")  # as SQLite and PostgreSQL put it
 # Times come back in UTC wherever the server stands; and a server that is away is noticed.
 POSTGRES_ARGUMENTS = {"connect_timeout": 10, "options": "-c timezone=UTC"}
+PATIENCE = text(
+    "SELECT set_config('lock_timeout', :busy, true), set_config('idle_in_transaction_session_timeout', :silent, true)"
+)
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -98,6 +104,7 @@ class Database:
         with translated(), Session(self._writing, autoflush=True) as session, session.begin():
             session.connection()  # SQLite's BEGIN IMMEDIATE has the whole database
             if not self.is_sqlite:
+                session.execute(PATIENCE, {"busy": f"{BUSY_TIMEOUT_S}s", "silent": f"{SILENT_S}s"})
                 session.execute(text("SELECT number FROM event_head WHERE id = 1 FOR UPDATE"))
             yield session
 
