@@ -152,9 +152,11 @@ def test_two_trainings_for_a_queue_do_not_mix(site: Site, trainer: Trainer, chec
                 QueueClient(site, trainer).train_federated()
             refused.append(str(caught.value))
 
-    trained = QueueClient(site, trainer).train_federated(train_beside)
+    client = QueueClient(site, trainer)
+    trained = client.train_federated(train_beside)
     assert refused == ["Another training for the queue of tumours is under way here; wait for its end."]
     assert sha256_file(trained.file) == trained.body.content_digest
+    assert client.send_update_to_server().digest == trained.body.content_digest
 
 
 def test_a_withdrawal_stops_the_training_and_takes_out_what_waits(
