@@ -30,12 +30,12 @@ def run_site(*words: str, state: Path, **environment: str) -> subprocess.Complet
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Two classes of twelve small images, one of them twice, and one that is none."""
+    """Two classes of 48 small images, of which chance leaves some for each part; one of them twice, and one that is none."""
     rng = np.random.default_rng(7)
     folder = tmp_path / "images"
     for name in ("cat", "dog"):
         (folder / name).mkdir(parents=True)
-        for number in range(12):
+        for number in range(48):
             Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(folder / name / f"{number}.png")
     (folder / "dog" / "copy.png").write_bytes((folder / "dog" / "0.png").read_bytes())
     (folder / "dog" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing more")
@@ -64,7 +64,7 @@ def test_the_table_says_of_each_command_what_its_help_says() -> None:
 def test_check_data_counts_and_names_what_is_not_used(images: Path, tmp_path: Path) -> None:
     result = run_site("check-data", str(images), "--task", "image-folder", state=tmp_path / "state")
     assert result.returncode == 0, result.stderr
-    assert "24 examples" in result.stdout
+    assert "96 examples" in result.stdout
     assert "broken.png" in result.stdout
     assert "copy.png" in result.stdout or "the same as" in result.stdout
     assert not (tmp_path / "state").exists() or not any((tmp_path / "state").iterdir())
@@ -73,7 +73,7 @@ def test_check_data_counts_and_names_what_is_not_used(images: Path, tmp_path: Pa
 def test_check_data_for_a_program(images: Path, tmp_path: Path) -> None:
     result = run_site("check-data", str(images), "--task", "image-folder", "--json", state=tmp_path / "state")
     value = json.loads(result.stdout)
-    assert value["classes"] == {"cat": 12, "dog": 12}
+    assert value["classes"] == {"cat": 48, "dog": 48}
     assert value["reasons"]["duplicate"] == 1
     assert sum(value["reasons"].values()) == 2
 
@@ -87,7 +87,7 @@ def test_check_data_names_the_class_that_the_study_does_not_know(images: Path, t
     assert result.stderr.startswith("error: ")
     assert "dog" in result.stderr
     mapped = run_site(*words, "--class", "dog=horse", "--json", state=tmp_path / "state")
-    assert json.loads(mapped.stdout)["classes"] == {"cat": 12, "horse": 12}
+    assert json.loads(mapped.stdout)["classes"] == {"cat": 48, "horse": 48}
 
 
 @pytest.mark.parametrize(
@@ -123,11 +123,11 @@ def test_split_ends_with_a_table_and_overwrites_nothing(images: Path, tmp_path: 
     result = run_site(*words, state=tmp_path / "state")
     assert result.returncode == 0, result.stderr
     assert [line.split() for line in result.stdout.splitlines()[2:5]] == [
-        ["north", "8", "8", "16", "66.7%"],
-        ["south", "4", "4", "8", "33.3%"],
-        ["all", "12", "12", "24", "100.0%"],
+        ["north", "32", "32", "64", "66.7%"],
+        ["south", "16", "16", "32", "33.3%"],
+        ["all", "48", "48", "96", "100.0%"],
     ]
-    assert sum(path.is_file() for path in out.rglob("*")) == 24
+    assert sum(path.is_file() for path in out.rglob("*")) == 96
     again = run_site(*words, state=tmp_path / "state")
     assert again.returncode == 1
     assert "not empty" in again.stderr
