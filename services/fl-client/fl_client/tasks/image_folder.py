@@ -4,11 +4,13 @@ This module is what the registry loads; the work is in `images` (reading) and `i
 only when the data are opened for training).
 """
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 from fl_client.tasks.base import DataReport, LocalOptions, OnProgress, Predictor, Workspace
 from fl_client.tasks.images import scan_folder
+from fl_client.tasks.packed_images import set_apart
 from medhive.spec import StudyData
 
 
@@ -37,7 +39,8 @@ class ImageFolderTask:
         local: LocalOptions | None = None,
     ) -> DataReport:
         """Read everything once and report; raises as `images.scan_folder`."""
-        return scan_folder(data_dir, study, secret, on_progress=on_progress, local=local).report
+        report = scan_folder(data_dir, study, secret, on_progress=on_progress, local=local).report
+        return replace(report, remarks=set_apart(data_dir, (local or LocalOptions()).subset))
 
     def open(
         self,

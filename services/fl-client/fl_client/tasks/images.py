@@ -35,7 +35,7 @@ from fl_client.tasks.errors import (
     WrongOption,
 )
 from fl_client.tasks.folders import class_folders, groups_of_csv, known_group, walk
-from fl_client.tasks.packed_images import PackedImage, packed_files, read_packed, require_unpickled, set_apart
+from fl_client.tasks.packed_images import PackedImage, packed_files, read_packed, require_unpickled
 from medhive.spec import StudyData
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
@@ -202,14 +202,7 @@ def scan_folder(
     groups = len({file.group for file in read.values()}) if _grouped(options, local) else None
     examples = [(entry.label, entry.part, entry.digest) for entry in entries]
     report = DataReport.of(
-        "image-folder",
-        study,
-        secret,
-        examples,
-        skipped=skipped,
-        duplicates=duplicates,
-        groups=groups,
-        remarks=set_apart(data_dir, local.subset),
+        "image-folder", study, secret, examples, skipped=skipped, duplicates=duplicates, groups=groups
     )
     return Scan(entries, report)
 
